@@ -1,0 +1,1 @@
+"""The gptoss-lite command, one file per subcommand."""

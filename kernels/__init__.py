@@ -1,0 +1,1 @@
+"""What runs hot: one folder per kind of machine; knows nothing of the model that calls it."""
