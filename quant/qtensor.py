@@ -1,0 +1,86 @@
+"""Quantised weights as values: the packed arrays of one format, and the logical shape they stand for."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from gptoss_lite.errors import FormatError
+from gptoss_lite.quant import mxfp4
+
+
+class QTensor(ABC):
+    """A quantised tensor: packed arrays of NumPy or CuPy behind one logical shape.
+
+    `match` on the subclass to reach its fields; `map` moves or shards one; an index takes experts or rows.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor once dequantised."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, codes and scales together."""
+
+    @abstractmethod
+    def dequantize(self, xp: Any = np) -> Any:
+        """Return the values as a float32 array of `xp`, which must be the library the fields belong to."""
+
+    @abstractmethod
+    def map(self, fn: Callable[[Any], Any]) -> Self:
+        """Return a tensor of the same format with `fn` applied to each packed array."""
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return the part at `index` over the leading axes; the last axis is packed and stays whole."""
+        axes = index if isinstance(index, tuple) else (index,)
+        if len(axes) >= len(self.shape) or any(axis is Ellipsis or axis is None for axis in axes):
+            raise IndexError(f"cannot index {self.shape} by {index}: give integers or slices of leading axes")
+        return self.map(lambda array: array[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MXFP4Tensor(QTensor):
+    """Weights in MXFP4: (..., N, K), 4.25 bits each.
+
+    blocks: uint8 (..., N, K/32, 16), two codes a byte; scales: uint8 (..., N, K/32), biased powers of two.
+    Raises FormatError where these do not fit together.
+    """
+
+    blocks: Any
+    scales: Any
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes."""
+        if self.blocks.dtype != np.uint8 or self.scales.dtype != np.uint8:
+            dtypes = f"{self.blocks.dtype} and {self.scales.dtype}"
+            raise FormatError(f"mxfp4 blocks and scales are {dtypes}: must be uint8")
+        if self.scales.ndim == 0 or self.blocks.shape != (*self.scales.shape, mxfp4.BLOCK_BYTES):
+            raise FormatError(
+                f"mxfp4 blocks {self.blocks.shape} do not fit scales {self.scales.shape}:"
+                f" blocks must be the scales' shape and {mxfp4.BLOCK_BYTES}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape (..., N, K)."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * mxfp4.BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, blocks and scales together."""
+        return int(self.blocks.nbytes + self.scales.nbytes)
+
+    def dequantize(self, xp: Any = np) -> Any:
+        """Return the exact values, float32 (..., N, K)."""
+        return mxfp4.decode(self.blocks, self.scales, xp)
+
+    def map(self, fn: Callable[[Any], Any]) -> Self:
+        """Return a tensor of `fn(blocks)` and `fn(scales)`."""
+        return type(self)(fn(self.blocks), fn(self.scales))

@@ -1,0 +1,219 @@
+"""Safetensors files: the header checked, the data mapped, values and checksums verified; and a writer."""
+
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from gptoss_lite.errors import CheckpointError, FormatError
+from gptoss_lite.quant.qtensor import MXFP4Tensor
+
+FORMAT, FORMAT_VERSION = "gptoss-lite", "1"  # __metadata__ of the files we write
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
+}
+_EXPONENT_BITS: dict[str, np.uint32 | np.uint16] = {
+    "F32": np.uint32(0x7F800000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+FLOATS = tuple(_EXPONENT_BITS)
+_CHUNK = 1 << 20  # bytes verified at a time: the second look at them finds them in cache
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as its file holds it: what the header says, and its mapped bytes.
+
+    dtype: safetensors' name for it, such as "BF16"; checksum: eight hex digits, or None in a file not ours.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    checksum: str | None
+
+    def error(self, text: str) -> CheckpointError:
+        """Make an error of a predicate, with file and tensor as its subject."""
+        return CheckpointError(f"{self.file}: tensor {self.name} {text}")
+
+    def array(self) -> NDArray[Any]:
+        """View the bytes as a read-only array; they are copied only where the file has them misaligned."""
+        array = self.data.view(_DTYPES[self.dtype]).reshape(self.shape)
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+    def verify(self) -> None:
+        """Compare the data with the checksum, if there is one, and refuse NaN and infinity, in one pass.
+
+        Raises CheckpointError naming file and tensor, and the position of what is not finite.
+        """
+        mask = _EXPONENT_BITS.get(self.dtype)
+        crc = zlib.crc32(_signature(self.name, self.dtype, self.shape))
+        for start in range(0, self.data.size, _CHUNK):
+            part = self.data[start : start + _CHUNK]
+            if self.checksum is not None:
+                crc = zlib.crc32(part.data, crc)
+            if mask is not None:
+                exponents = part.view(mask.dtype) & mask
+                if exponents.max() == mask:
+                    first = start // mask.itemsize + int(exponents.argmax())
+                    position = tuple(int(i) for i in np.unravel_index(first, self.shape))
+                    raise self.error(f"holds {float(self.array()[position])} at {position}: must be finite")
+        if self.checksum is not None and self.checksum != f"{crc:08x}":
+            raise self.error(f"is damaged: its checksum is {crc:08x}, and was {self.checksum} when written")
+
+
+def read_file(path: Path) -> dict[str, StoredTensor]:
+    """Map one safetensors file, after the safetensors library has found its header sound.
+
+    The library refuses headers that are not UTF-8 JSON of the right form, and offsets that overlap, leave
+    gaps, disagree with dtype and shape, or end before or after the file. It lets a name given twice pass; we
+    do not.
+    Raises CheckpointError naming the file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or not a file")
+    try:
+        with safe_open(path, "numpy"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(size), str(path))
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + size :]
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(f"{path} is not a sound safetensors file: {reason[:200]}") from None
+    metadata = header.pop("__metadata__", None) or {}
+    checksums = _checksums(path, metadata, set(header)) if metadata.get("format") == FORMAT else {}
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = StoredTensor(path, name, entry["dtype"], shape, data[start:stop], checksums.get(name))
+    return tensors
+
+
+def save_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, NDArray[Any] | MXFP4Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to one safetensors file, with a CRC-32 of each over its name, dtype, shape and data.
+
+    tensors: float32, float16, bfloat16 or uint8; an MXFP4Tensor is written as name_blocks and name_scales.
+    The file appears under its name only once it is whole and on disk.
+    Raises FormatError on another dtype, CheckpointError where the file cannot be written.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, tensor in tensors.items():
+        match tensor:
+            case MXFP4Tensor(blocks=blocks, scales=scales):
+                arrays |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            case _:
+                arrays[name] = tensor
+    # Widest elements first, so that every tensor starts at a multiple of its element size.
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = _header(arrays, metadata or {})
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for array in arrays.values():
+                file.write(_bytes(array))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; raise CheckpointError naming the file where it does not."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or not a file")
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: bytes, source: str) -> dict[str, Any]:
+    """Parse one UTF-8 JSON object with no duplicate keys; raise CheckpointError naming the source."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"{abbreviated(key)} is there twice")
+            values[key] = value
+        return values
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} is not sound JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source} holds {abbreviated(value)}: must be a JSON object")
+    return value
+
+
+def abbreviated(value: object) -> str:
+    """Return repr(value), cut to what fits into an error line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _header(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {}
+    checksums: dict[str, str] = {}
+    start = 0
+    for name, array in arrays.items():
+        if array.dtype not in codes:
+            raise FormatError(f"cannot save {name!r}, {array.dtype}: give a float or uint8")
+        code, stop = codes[array.dtype], start + array.nbytes
+        entries[name] = {"dtype": code, "shape": array.shape, "data_offsets": (start, stop)}
+        checksums[name] = f"{zlib.crc32(_bytes(array), zlib.crc32(_signature(name, code, array.shape))):08x}"
+        start = stop
+    ours = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksums": json.dumps(checksums)}
+    text = json.dumps({"__metadata__": {**metadata, **ours}, **entries}).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _checksums(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, str]:
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version is {version!r}: this release reads {FORMAT_VERSION!r}")
+    checksums = parse_json(metadata.get("checksums", "").encode(), f"{path}: checksums")
+    if unpaired := set(checksums) ^ names:
+        raise CheckpointError(f"{path} is damaged: {min(unpaired)!r} is only one of tensor and checksum")
+    return checksums
+
+
+def _signature(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    return json.dumps([name, dtype, shape]).encode()
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
