@@ -1,0 +1,38 @@
+"""One ragged batch: prefill chunks and decode steps of several sequences, laid end to end."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_lite.cache import BLOCK_TOKENS
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass computes: T tokens of S sequences.
+
+    tokens and positions int32 (T,); query_start int32 (S + 1,), where each sequence's tokens begin;
+    full_table and sliding_table int32 (S, blocks), the cache block of each 16 positions per kind of
+    attention; rows int32 (R,), the rows of the T whose logits are wanted. A token's keys and values must have
+    a block in both tables.
+    """
+
+    tokens: Int32
+    positions: Int32
+    query_start: Int32
+    full_table: Int32
+    sliding_table: Int32
+    rows: Int32
+
+    @property
+    def sequence(self) -> Int32:
+        """The sequence each token belongs to, (T,)."""
+        counts = np.diff(self.query_start)
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def slots(self, table: Int32) -> tuple[Int32, Int32]:
+        """Where each token's key and value go under `table`: block ids and places in the block, (T,) each."""
+        return table[self.sequence, self.positions // BLOCK_TOKENS], self.positions % BLOCK_TOKENS

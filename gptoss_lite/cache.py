@@ -1,0 +1,180 @@
+"""Paged keys and values: fixed blocks of 16 tokens, shared between sequences that begin alike.
+
+Layers with full attention keep every block of a sequence; layers with a sliding window give a block back once
+the whole of it lies outside the window, so what they hold is bounded. A full block is known by the hash of
+all tokens up to its end; when its last user leaves it waits, still known, until the room is needed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, (block, key head, 16, head_dim) each, in the backend's own dtype."""
+
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside; on a CPU the system commits them only as they are first written."""
+        return sum(a.nbytes for a in (*self.keys, *self.values))
+
+
+def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Name a full block by its tokens and the name of the block before it (blake2b, 16 bytes)."""
+    return blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+class BlockPool:
+    """Counts the users of each block of one attention kind; knows nothing of what the blocks hold."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        # Known blocks without users, oldest first; those unlikely to be asked for again go first.
+        self._idle: tuple[OrderedDict[int, None], OrderedDict[int, None]] = (OrderedDict(), OrderedDict())
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self._free) + sum(map(len, self._idle))
+
+    def take(self) -> int:
+        """Take a block for new tokens, forgetting the one longest idle if none is free."""
+        if not self._free:
+            idle = self._idle[0] or self._idle[1]
+            block, _ = idle.popitem(last=False)
+            del self._block_of[self._hash_of.pop(block)]
+            self._free.append(block)
+        block = self._free.pop()
+        self._users[block] = 1
+        return block
+
+    def find(self, name: bytes) -> int | None:
+        """Look up a known block without taking it."""
+        return self._block_of.get(name)
+
+    def share(self, block: int) -> None:
+        """Add a user to a block that `find` returned."""
+        self._users[block] += 1
+        for idle in self._idle:
+            idle.pop(block, None)
+
+    def name(self, block: int, name: bytes) -> None:
+        """Make a completed block known; of two with the same content the first stays the known one."""
+        if name not in self._block_of:
+            self._block_of[name] = block
+            self._hash_of[block] = name
+
+    def drop(self, block: int, likely: bool = True) -> None:
+        """Remove a user; a known block then waits idle, longer if it is `likely` to be asked for again."""
+        self._users[block] -= 1
+        if self._users[block]:
+            return
+        if block in self._hash_of:
+            self._idle[likely][block] = None
+        else:
+            self._free.append(block)
+
+
+class Pages:
+    """One sequence's blocks in both pools: which there are, which are full, which have slid away."""
+
+    def __init__(self, full: BlockPool, sliding: BlockPool, window: int) -> None:
+        self._pools = (full, sliding)
+        self._window = window
+        self.full: list[int] = []
+        self.sliding: list[int] = []  # entries before `_slid` were given back; their ids mean nothing
+        self._slid = 0
+        self._hashes: list[bytes] = []
+        self._keep_from = 0
+        self.length = 0  # tokens whose keys and values are stored
+
+    def _first_visible(self, position: int) -> int:
+        """The first sliding block that a query at `position` can see."""
+        return max(0, position - self._window + 1) // BLOCK_TOKENS
+
+    def adopt_prefix(self, tokens: Sequence[int]) -> int:
+        """Share the longest known beginning of `tokens`, always leaving one to compute; returns its length.
+
+        A hit needs all full-attention blocks up to it and the sliding blocks of its last window.
+        """
+        full, sliding = self._pools
+        hashes: list[bytes] = []
+        for start in range(0, len(tokens) - BLOCK_TOKENS, BLOCK_TOKENS):
+            name = block_hash(hashes[-1] if hashes else b"", tokens[start : start + BLOCK_TOKENS])
+            if full.find(name) is None:
+                break
+            hashes.append(name)
+        known = len(hashes)
+        while known and any(
+            sliding.find(name) is None for name in hashes[self._first_visible(known * BLOCK_TOKENS) : known]
+        ):
+            known -= 1
+        self._slid = self._first_visible(known * BLOCK_TOKENS)
+        for index, name in enumerate(hashes[:known]):
+            block = full.find(name)
+            assert block is not None
+            full.share(block)
+            self.full.append(block)
+            block = sliding.find(name) if index >= self._slid else 0
+            assert block is not None
+            if index >= self._slid:
+                sliding.share(block)
+            self.sliding.append(block)
+        self._hashes = hashes[:known]
+        self.length = known * BLOCK_TOKENS
+        # The last window before the prompt's end is where a conversation's next turn will branch off.
+        self._keep_from = self._first_visible(len(tokens))
+        return self.length
+
+    def missing(self, count: int) -> int:
+        """Blocks that each pool must give before `count` more tokens can be stored."""
+        return -(-(self.length + count) // BLOCK_TOKENS) - len(self.full)
+
+    def reserve(self, count: int) -> bool:
+        """Take the blocks for `count` more tokens from both pools, or none if either has too few."""
+        missing = self.missing(count)
+        if any(pool.available < missing for pool in self._pools):
+            return False
+        for _ in range(missing):
+            self.full.append(self._pools[0].take())
+            self.sliding.append(self._pools[1].take())
+        return True
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Note that keys and values up to the end of `tokens` are stored, and give back what slid away."""
+        full, sliding = self._pools
+        self.length = len(tokens)
+        while len(self._hashes) < self.length // BLOCK_TOKENS:
+            index = len(self._hashes)
+            parent = self._hashes[-1] if index else b""
+            name = block_hash(parent, tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
+            self._hashes.append(name)
+            full.name(self.full[index], name)
+            sliding.name(self.sliding[index], name)
+        for index in range(self._slid, self._first_visible(self.length)):
+            sliding.drop(self.sliding[index], likely=index >= self._keep_from)
+        self._slid = max(self._slid, self._first_visible(self.length))
+
+    def release(self) -> None:
+        """Give every block back; the full ones stay known until their room is needed."""
+        full, sliding = self._pools
+        for block in reversed(self.full):
+            full.drop(block)
+        for block in reversed(self.sliding[self._slid :]):
+            sliding.drop(block)
+        self.full, self.sliding, self._hashes = [], [], []
+        self.length = self._slid = 0
