@@ -1,0 +1,217 @@
+"""The public surface, after mlx-lm: load a model, then generate text from a prompt or a chat."""
+
+import datetime
+import os
+import secrets
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from gptoss_lite.async_engine import AsyncEngine
+from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
+from gptoss_lite.engine import Engine, Request
+from gptoss_lite.errors import RequestError
+from gptoss_lite.harmony import Message, from_chat, render_prompt
+from gptoss_lite.harmony.parse import TURN_ENDS
+from gptoss_lite.model import GptOss, Progress
+from gptoss_lite.ops import get_ops
+from gptoss_lite.sampling import SamplingParams
+from gptoss_lite.stream import CompletionReader, EventStream, GenerationEvent, Reader, TurnReader
+from gptoss_lite.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "GenerateOptions",
+    "GenerationEvent",
+    "async_stream_generate",
+    "batch_generate",
+    "generate",
+    "load",
+    "load_model",
+    "stream_generate",
+]
+
+Prompt = str | Sequence[int]
+Chat = Sequence[Mapping[str, Any] | Message]
+_DEMO = Path(__file__).parent / "demo"
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to answer; each may be left out.
+
+    max_tokens: the most tokens to generate, reasoning included; None goes up to the model's context.
+    sampling: how tokens are chosen. stop: strings that end the answer and are not part of it.
+    stop_token_ids: the same for tokens.
+
+    For a chat alone: reasoning_effort: "low", "medium" or "high". instructions: what the developer wants of
+    the model. tools: functions as OpenAI's API spells them. response_format: likewise. date: today's by
+    default, "YYYY-MM-DD" or a date.
+    """
+
+    max_tokens: int | None
+    sampling: SamplingParams
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    reasoning_effort: str
+    instructions: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    response_format: Mapping[str, Any] | None
+    date: str | datetime.date | None
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[GptOss, Tokenizer]:
+    """Load a checkpoint directory, or the bundled model by the name "demo"; weights stay packed.
+
+    device: "auto", "cpu" or "reference". threads: CPU threads, all cores by default. progress: called with
+    the bytes read and the bytes in all. Raises CheckpointError for a damaged or foreign checkpoint,
+    DeviceError for a device that is not there.
+    """
+    ops = get_ops(device, threads)
+    checkpoint = _open(path)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+    return GptOss(checkpoint, ops, progress), tokenizer
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> GptOss:
+    """Load as `load` does, for work on token ids: no tokenizer is needed."""
+    return GptOss(_open(path), get_ops(device, threads), progress)
+
+
+def stream_generate(
+    model: GptOss,
+    tokenizer: Tokenizer,
+    prompt: Prompt | None = None,
+    *,
+    messages: Chat | None = None,
+    engine: Engine | None = None,
+    **options: Unpack[GenerateOptions],
+) -> Generator[GenerationEvent, None, None]:
+    """Generate token by token: go on from `prompt`, or answer the chat `messages` as the assistant.
+
+    prompt: text or token ids, continued as it stands. messages: dictionaries as OpenAI's API spells them, or
+    the messages of an earlier turn's last event. engine: one made with Engine(model) and kept between calls
+    reuses the cached beginning of the prompt; it must have no other request under way. Closing the iterator
+    cancels. Raises RequestError for what cannot be served.
+    """
+    request, stream = _prepare(tokenizer, prompt, messages, options)
+    return _stream(engine or Engine(model), request, stream)
+
+
+def generate(
+    model: GptOss,
+    tokenizer: Tokenizer,
+    prompt: Prompt | None = None,
+    *,
+    messages: Chat | None = None,
+    engine: Engine | None = None,
+    **options: Unpack[GenerateOptions],
+) -> str:
+    """Generate as stream_generate does; return the text for the user, without reasoning and tool calls."""
+    events = stream_generate(model, tokenizer, prompt, messages=messages, engine=engine, **options)
+    return "".join(event.text for event in events if event.is_content)
+
+
+def batch_generate(
+    model: GptOss,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    messages: Sequence[Chat] | None = None,
+    **options: Unpack[GenerateOptions],
+) -> list[str]:
+    """Generate from several prompts, or answer several chats, in shared batches; texts in the given order."""
+    if (prompts is None) == (messages is None):
+        raise RequestError("give either prompts or messages")
+    prepared = [
+        *(_prepare(tokenizer, prompt, None, options) for prompt in prompts or ()),
+        *(_prepare(tokenizer, None, chat, options) for chat in messages or ()),
+    ]
+    engine = Engine(model)
+    streams = {engine.submit(request): stream for request, stream in prepared}
+    texts = dict.fromkeys(streams, "")
+    while engine.has_work:
+        for token_event in engine.step():
+            event = streams[token_event.request_id].accept(token_event)
+            if event.is_content:
+                texts[token_event.request_id] += event.text
+            if event.finish_reason is not None:
+                engine.cancel(token_event.request_id)
+    return list(texts.values())
+
+
+async def async_stream_generate(
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    prompt: Prompt | None = None,
+    *,
+    messages: Chat | None = None,
+    **options: Unpack[GenerateOptions],
+) -> AsyncGenerator[GenerationEvent, None]:
+    """Generate as stream_generate does, beside other tasks that share the engine and its batches."""
+    request, stream = _prepare(tokenizer, prompt, messages, options)
+    async with aclosing(engine.stream(request)) as token_events:
+        async for token_event in token_events:
+            event = stream.accept(token_event)
+            yield event
+            if event.finish_reason is not None:
+                return
+
+
+def _open(path: str | os.PathLike[str]) -> Checkpoint:
+    return open_checkpoint(_DEMO if path == "demo" else path)
+
+
+def _stream(engine: Engine, request: Request, stream: EventStream) -> Generator[GenerationEvent, None, None]:
+    request_id = engine.submit(request)
+    try:
+        while True:
+            for token_event in engine.step():
+                event = stream.accept(token_event)
+                yield event
+                if event.finish_reason is not None:
+                    return
+    finally:
+        engine.cancel(request_id)
+
+
+def _prepare(
+    tokenizer: Tokenizer, prompt: Prompt | None, messages: Chat | None, options: GenerateOptions
+) -> tuple[Request, EventStream]:
+    """Make the engine's request of a prompt or a chat, and what turns its tokens into events."""
+    chat_options: dict[str, Any] = {
+        key: options.get(key)
+        for key in ("reasoning_effort", "instructions", "tools", "response_format", "date")
+        if options.get(key) is not None
+    }
+    stops = options.get("stop", ())
+    reader: Reader
+    if prompt is not None and messages is None:
+        if chat_options:
+            raise RequestError(f"{next(iter(chat_options))} is for a chat: give messages, not a prompt")
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        reader = CompletionReader(tokenizer, stops)
+    elif messages is not None and prompt is None:
+        if not messages:
+            raise RequestError("messages is empty: give at least one")
+        tokens = render_prompt(from_chat(messages, **chat_options), tokenizer)
+        reader = TurnReader(tokenizer, stops)
+    else:
+        raise RequestError("give either a prompt or messages")
+    sampling = options.get("sampling", SamplingParams())
+    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+    turn_ends = frozenset(tokenizer.special[name] for name in TURN_ENDS)
+    own_stops = frozenset(options.get("stop_token_ids", ()))
+    request = Request(tokens, sampling, seed, options.get("max_tokens"), turn_ends | own_stops)
+    return request, EventStream(reader, len(tokens), seed, own_stops - turn_ends)
