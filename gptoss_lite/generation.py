@@ -6,9 +6,8 @@ import secrets
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from gptoss_lite.async_engine import AsyncEngine
 from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
@@ -19,6 +18,9 @@ from gptoss_lite.ops import get_ops
 from gptoss_lite.sampling import SamplingParams
 from gptoss_lite.stream import CompletionReader, EventStream, GenerationEvent, Reader, TurnReader
 from gptoss_lite.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from gptoss_lite.async_engine import AsyncEngine
 
 __all__ = [
     "GenerateOptions",
@@ -152,7 +154,7 @@ def batch_generate(
 
 
 async def async_stream_generate(
-    engine: AsyncEngine,
+    engine: "AsyncEngine",
     tokenizer: Tokenizer,
     prompt: Prompt | None = None,
     *,

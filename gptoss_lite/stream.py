@@ -51,7 +51,7 @@ class GenerationEvent:
     @property
     def is_content(self) -> bool:
         """Whether the text is for the user: neither reasoning nor a tool call."""
-        return self.channel != ANALYSIS and self.recipient is None
+        return self.channel != ANALYSIS and not _is_call(self.recipient)
 
 
 class StopStrings:
@@ -187,7 +187,11 @@ class TurnReader:
 
 
 def _is_private(piece: Piece) -> bool:
-    return piece.channel == ANALYSIS or piece.recipient is not None
+    return piece.channel == ANALYSIS or _is_call(piece.recipient)
+
+
+def _is_call(recipient: str | None) -> bool:
+    return recipient not in (None, "all")  # "all" is what harmony calls everybody, the user included
 
 
 @dataclass(slots=True)
@@ -222,7 +226,7 @@ class EventStream:
             if rest.text:
                 piece = Piece(piece.text + rest.text, rest.channel, rest.recipient)
             messages = self.reader.messages()
-            if reason == "stop" and any(message.recipient is not None for message in messages):
+            if reason == "stop" and any(_is_call(message.recipient) for message in messages):
                 reason = "tool_calls"
             counts = self._completion_tokens, self._reasoning_tokens
             usage = Usage(self.prompt_tokens, event.cached_tokens, *counts, self.seed)

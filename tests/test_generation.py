@@ -89,6 +89,14 @@ def test_a_tool_call_is_named_and_kept_out_of_the_text(demo: tuple[GptOss, Token
     assert not any(event.text for event in events if event.is_content)
 
 
+def test_a_message_to_all_is_for_the_user(demo: tuple[GptOss, Tokenizer]) -> None:
+    model, tokenizer = demo
+    say = scripted(tokenizer, "<|channel|>", "final to=all", "<|message|>", "Yes.", "<|return|>")
+    *_, last = events = list(gl.stream_generate(model, tokenizer, messages=ASK, sampling=say))
+    assert "".join(event.text for event in events if event.is_content) == "Yes."
+    assert last.finish_reason == "stop"
+
+
 def test_the_next_turn_finds_the_last_one_in_the_cache(demo: tuple[GptOss, Tokenizer]) -> None:
     model, tokenizer = demo
     engine = gl.Engine(model)

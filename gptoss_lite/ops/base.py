@@ -1,5 +1,6 @@
 """The specification: each step of gpt-oss in plain float32 array code; backends override what is hot."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from gptoss_lite.batch import Batch
 from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.config import ModelConfig
+from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.quant import QTensor
 from gptoss_lite.sampling import Draw, Sampled, sample
 
@@ -60,10 +62,14 @@ class Ops:
             (counts[kind], config.num_key_value_heads, BLOCK_TOKENS, config.head_dim)
             for kind in config.layer_types
         ]
-        return KVCache(
-            keys=tuple(np.empty(shape, self.cache_dtype) for shape in shapes),
-            values=tuple(np.empty(shape, self.cache_dtype) for shape in shapes),
-        )
+        try:
+            keys, values = (tuple(np.empty(shape, self.cache_dtype) for shape in shapes) for _ in range(2))
+        except MemoryError as error:
+            needed = 2 * sum(map(math.prod, shapes)) * np.dtype(self.cache_dtype).itemsize
+            raise OutOfMemoryError(
+                f"keys and values need {needed / 2**30:.1f} GiB of memory: give the engine a smaller context"
+            ) from error
+        return KVCache(keys, values)
 
     def embed(self, table: Any, tokens: Array) -> Array:
         """Look up tokens int32 (T,) -> x float32 (T, hidden)."""
