@@ -128,6 +128,10 @@ class Engine:
             if sequence.id == request_id:
                 self._remove(sequence)
 
+    def computed(self, request_id: int) -> int:
+        """Tokens of a request that the cache holds by now; 0 while it waits and once it has finished."""
+        return next((s.pages.length for s in self._running if s.id == request_id), 0)
+
     def step(self) -> list[TokenEvent]:
         """Compute one batch; return an event for each request that came to a new token."""
         scheduled = self._schedule()

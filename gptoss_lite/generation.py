@@ -98,17 +98,19 @@ def stream_generate(
     *,
     messages: Chat | None = None,
     engine: Engine | None = None,
+    prompt_progress: Progress | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Generator[GenerationEvent, None, None]:
     """Generate token by token: go on from `prompt`, or answer the chat `messages` as the assistant.
 
     prompt: text or token ids, continued as it stands. messages: dictionaries as OpenAI's API spells them, or
     the messages of an earlier turn's last event. engine: one made with Engine(model) and kept between calls
-    reuses the cached beginning of the prompt; it must have no other request under way. Closing the iterator
-    cancels. Raises RequestError for what cannot be served.
+    reuses the cached beginning of the prompt; it must have no other request under way.
+    prompt_progress: called with the tokens of the prompt computed and their number, until the answer begins.
+    Closing the iterator cancels. Raises RequestError for what cannot be served.
     """
     request, stream = _prepare(tokenizer, prompt, messages, options)
-    return _stream(engine or Engine(model), request, stream)
+    return _stream(engine or Engine(model), request, stream, prompt_progress)
 
 
 def generate(
@@ -175,11 +177,18 @@ def _open(path: str | os.PathLike[str]) -> Checkpoint:
     return open_checkpoint(_DEMO if path == "demo" else path)
 
 
-def _stream(engine: Engine, request: Request, stream: EventStream) -> Generator[GenerationEvent, None, None]:
+def _stream(
+    engine: Engine, request: Request, stream: EventStream, prompt_progress: Progress | None
+) -> Generator[GenerationEvent, None, None]:
     request_id = engine.submit(request)
     try:
         while True:
-            for token_event in engine.step():
+            token_events = engine.step()
+            if prompt_progress is not None:
+                total = len(request.tokens)
+                prompt_progress(total if token_events else engine.computed(request_id), total)
+                prompt_progress = None if token_events else prompt_progress
+            for token_event in token_events:
                 event = stream.accept(token_event)
                 yield event
                 if event.finish_reason is not None:

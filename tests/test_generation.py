@@ -249,6 +249,20 @@ def test_leaving_an_async_stream_cancels_and_closing_ends_the_others(demo: tuple
     assert len([s for s in inner._running if s.request.tokens == tokenizer.encode("It was")]) == 0
 
 
+def test_progress_is_told_until_the_answer_begins(demo: tuple[GptOss, Tokenizer]) -> None:
+    model, tokenizer = demo
+    told: list[tuple[int, int]] = []
+    stream = gl.stream_generate(
+        model,
+        tokenizer,
+        [1] * 1200,
+        max_tokens=3,
+        prompt_progress=lambda done, total: told.append((done, total)),
+    )
+    assert len(list(stream)) == 3
+    assert told == [(512, 1200), (1024, 1200), (1200, 1200)]
+
+
 def test_closing_the_iterator_frees_the_engine(demo: tuple[GptOss, Tokenizer]) -> None:
     model, tokenizer = demo
     engine = gl.Engine(model)
