@@ -1,5 +1,6 @@
 """The commands as people and pipes meet them: what is printed, where, and the exit code."""
 
+import io
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,13 +21,15 @@ from click.testing import CliRunner, Result
 
 import gptoss_lite as gl
 from gptoss_lite.cli.main import COMMANDS, main
-from gptoss_lite.cli.printing import printable
+from gptoss_lite.cli.printing import Printer, printable
+from gptoss_lite.cli.progress import Bar, stream
 from gptoss_lite.harmony.messages import Message
 from gptoss_lite.stream import GenerationEvent, Usage
 
 COMMAND = [sys.executable, "-c", "from gptoss_lite.cli.main import main; main(prog_name='gptoss-lite')"]
-# The reference device compiles nothing, so that a process answers at once.
-ENDLESS = ["generate", "Once", "--raw", "--device", "reference", "--seed", "1"]
+# Python must not be unbuffered: what a failed write leaves in the buffer is the case to be tested.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+REFERENCE = ["--device", "reference", "--seed", "1", "--max-tokens", "300"]  # no kernels to compile
 
 
 def run(*arguments: str, stdin: str | bytes = "") -> Result:
@@ -91,13 +95,13 @@ class Terminal:
         """Return what is printed from here until a text has come, or until the end."""
         start = len(self.text)
         while until is None or until not in self.text[start:]:
-            assert select.select([self._master], [], [], 60)[0], f"nothing came for a minute: {self.text!r}"
+            assert select.select([self._master], [], [], 60)[0], f"nothing came: {self.text[-200:]!r}"
             try:
                 data = os.read(self._master, 4096)
             except OSError:  # Linux's way to say that the other end is closed
                 data = b""
             if not data:
-                assert until is None, f"{until!r} did not come: {self.text!r}"
+                assert until is None, f"{until!r} did not come: {self.text[-200:]!r}"
                 break
             self.text += data.decode(errors="replace")
         return self.text[start:]
@@ -263,6 +267,19 @@ def test_control_characters_are_made_visible() -> None:
     assert printable("a\x1b[31m\x07\x9b\x7f\tb\r\nc\x00") == "a\u241b[31m\u2407\ufffd\u2421\tb\nc\u2400"
 
 
+def test_a_terminal_gets_reasoning_dimmed_and_no_raw_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    printer = Printer()
+    for each in answer("Think\x1b]0;title\x07", "Hi\x1b[2J!"):
+        printer.show(each)
+    printer.finish()
+    assert capsys.readouterr().out == "\x1b[2mThink\u241b]0;title\u2407\x1b[0m\n\nHi\u241b[2J!\n"
+
+
 def test_chat_keeps_the_conversation_and_forgets_it_on_reset(script: Script) -> None:
     script.answers = [answer("r1", "Hi!"), answer("r2", "Bye!"), answer("r3", "Oh!")]
     result = run("chat", stdin="Hello\n\nGo\n/reset\n/reasoning low\nWho?\n/exit\nunread\n")
@@ -342,7 +359,7 @@ def test_chat_computes_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_terminal_shows_reasoning_dimmed_and_then_the_answer() -> None:
-    arguments = ["generate", "Hello", "--device", "reference", "--seed", "1", "--max-tokens", "300"]
+    arguments = ["generate", "Hello", *REFERENCE]
     with Terminal(*arguments) as terminal:
         terminal.read(until="\x1b[2m")
         text, code = terminal.finish()
@@ -353,7 +370,7 @@ def test_a_terminal_shows_reasoning_dimmed_and_then_the_answer() -> None:
 
 
 def test_interrupt_ends_generate_with_130_and_a_clean_terminal() -> None:
-    with Terminal("generate", "Hello", "--device", "reference", "--seed", "1") as terminal:
+    with Terminal("generate", "Hello", *REFERENCE) as terminal:
         terminal.read(until="\x1b[2m")
         terminal.interrupt()
         rest, code = terminal.finish()
@@ -363,7 +380,7 @@ def test_interrupt_ends_generate_with_130_and_a_clean_terminal() -> None:
 
 
 def test_interrupt_stops_an_answer_and_not_the_chat() -> None:
-    with Terminal("chat", "--device", "reference", "--seed", "1", "--reasoning", "high") as terminal:
+    with Terminal("chat", *REFERENCE) as terminal:
         terminal.read(until="> ")
         terminal.type("Tell me a story about the sea.\n")
         terminal.read(until="\x1b[2m")
@@ -378,8 +395,8 @@ def test_interrupt_stops_an_answer_and_not_the_chat() -> None:
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
-    process = subprocess.Popen([*COMMAND, *ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with process:
+    command = [*COMMAND, "generate", "Once", "--raw", *REFERENCE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED) as process:
         assert process.stdout and process.stderr
         process.stdout.read(1)
         process.stdout.close()
@@ -389,6 +406,40 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_in_one_line() -> None:
+    command = [*COMMAND, "generate", "Once", "--raw", *REFERENCE]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, *ENDLESS], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=BUFFERED, text=True)
     assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+def test_a_bar_appears_after_a_second_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("gptoss_lite.cli.progress.PATIENCE", 0.05)
+    with Bar("Quick") as bar:
+        bar.advance(1, 2)
+    assert shown.getvalue() == ""
+    with Bar("Slow") as bar:
+        bar.advance(3, 7)
+        deadline = time.monotonic() + 10
+        while "Slow" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        bar.close()
+        text = shown.getvalue()
+        bar.advance(4, 7)
+    assert "Slow" in text and "3/7" in text
+    assert shown.getvalue() == text
+
+
+def test_interrupt_stops_a_prompt_that_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted = threading.Event()
+
+    def reading(*_: Any, prompt_progress: Any, **__: Any) -> Iterator[GenerationEvent]:
+        prompt_progress(1, 3)
+        interrupted.set()
+        prompt_progress(2, 3)
+        yield event("final", "never")
+
+    monkeypatch.setattr(gl, "stream_generate", reading)
+    assert list(stream((None, None), "x", interrupted=interrupted)) == []  # type: ignore[arg-type]
