@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from gptoss_lite.engine import Engine, Request, TokenEvent
+from gptoss_lite.errors import RequestError
 
-Deliver = Callable[[TokenEvent | Exception], None]
+Deliver = Callable[[TokenEvent | Exception], bool]
 
 
 class AsyncEngine:
@@ -19,6 +20,8 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
+        if engine.has_work:
+            raise RequestError("the engine has requests under way: give one that is idle")
         self._engine = engine
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._deliveries: dict[int, Deliver] = {}
@@ -31,7 +34,7 @@ class AsyncEngine:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[Exception] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
 
@@ -56,9 +59,12 @@ class AsyncEngine:
         inbox: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         request_ids: list[int] = []
 
-        def deliver(event: TokenEvent | Exception) -> None:
-            if not loop.is_closed():
+        def deliver(event: TokenEvent | Exception) -> bool:
+            try:
                 loop.call_soon_threadsafe(inbox.put_nowait, event)
+            except RuntimeError:  # the loop was closed without a word
+                return False
+            return True
 
         def submit() -> None:
             try:
@@ -87,23 +93,25 @@ class AsyncEngine:
             self._ask(cancel)
 
     def _run(self) -> None:
-        failure: Exception = RuntimeError("the engine was closed")
+        failure = RuntimeError("the engine was closed")
         try:
             while self._take_commands():
                 for event in self._engine.step():
-                    deliver = self._deliveries[event.request_id]
-                    if event.finish_reason is not None:
+                    delivered = self._deliveries[event.request_id](event)
+                    if event.finish_reason is not None or not delivered:
                         del self._deliveries[event.request_id]
-                    deliver(event)
-        except Exception as error:  # a bug in the engine must not leave its clients waiting
-            failure = error
+                        self._engine.cancel(event.request_id)
+        except BaseException as error:  # nothing that goes wrong here may leave the clients waiting
+            failure = RuntimeError(f"the engine stopped: {error!r}")
+            failure.__cause__ = error
         with self._lock:
             self._ended = True
         while not self._commands.empty():
             command = self._commands.get()
             if command is not None:
                 command()
-        for deliver in self._deliveries.values():
+        for request_id, deliver in self._deliveries.items():
+            self._engine.cancel(request_id)
             deliver(failure)
 
     def _take_commands(self) -> bool:

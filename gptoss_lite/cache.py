@@ -23,11 +23,6 @@ class KVCache:
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes set aside; on a CPU the system commits them only as they are first written."""
-        return sum(a.nbytes for a in (*self.keys, *self.values))
-
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Name a full block by its tokens and the name of the block before it (blake2b, 16 bytes)."""
@@ -38,7 +33,6 @@ class BlockPool:
     """Counts the users of each block of one attention kind; knows nothing of what the blocks hold."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
@@ -154,10 +148,10 @@ class Pages:
             self.sliding.append(self._pools[1].take())
         return True
 
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Note that keys and values up to the end of `tokens` are stored, and give back what slid away."""
+    def advance(self, tokens: Sequence[int], count: int) -> None:
+        """Note that `count` more keys and values of `tokens` are stored, and give back what slid away."""
         full, sliding = self._pools
-        self.length = len(tokens)
+        self.length += count
         while len(self._hashes) < self.length // BLOCK_TOKENS:
             index = len(self._hashes)
             parent = self._hashes[-1] if index else b""

@@ -70,13 +70,11 @@ class Checkpoint:
     """An opened checkpoint: every tensor of the model under Hugging Face's names, still on disk.
 
     layout: "mxfp4" (Hugging Face's, packed), "bf16" (Hugging Face's, dense) or "original" (OpenAI's).
-    generation_config: what generation_config.json says, empty where there is none.
     """
 
     path: Path
     config: ModelConfig
     layout: str
-    generation_config: dict[str, Any]
     _pieces: dict[str, _Piece]
 
     def names(self) -> tuple[str, ...]:
@@ -138,13 +136,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that holds config.json")
     config = ModelConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
-    generation = directory / "generation_config.json"
-    generation_config = read_json(generation) if generation.exists() else {}
     stored = _read_directory(directory)
     layout = "original" if "embedding.weight" in stored else config.quant_method or "bf16"
     _refuse_further_layers(config, stored)
     pieces = _pieces(directory, config, layout, stored)
-    return Checkpoint(directory, config, layout, generation_config, pieces)
+    return Checkpoint(directory, config, layout, pieces)
 
 
 def _read_directory(directory: Path) -> dict[str, StoredTensor]:

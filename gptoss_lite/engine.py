@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
@@ -48,6 +48,7 @@ class TokenEvent:
 
     request_id: int
     sampled: Sampled | None
+    prompt_tokens: int
     cached_tokens: int
     finish_reason: FinishReason | None = None
     error: Exception | None = None
@@ -63,7 +64,7 @@ class _Sequence:
     tokens: list[int]
     end: int  # the most tokens it may come to
     cached_tokens: int | None = None
-    scheduled: int = field(default=0)
+    scheduled: int = 0
 
     @property
     def pending(self) -> int:
@@ -74,9 +75,11 @@ class Engine:
     """Runs several requests in one ragged batch, step by step, over a shared paged cache.
 
     max_sequences: requests under way at once, more wait; step_tokens: tokens computed in one step, which
-    bounds how long a long prompt holds up the answers beside it; context: cache tokens of the full-attention
-    layers, shared by all, at least one model context. When the cache runs out the youngest request steps back
-    and is computed again later; on `cpu` its text does not change. Not thread-safe; see AsyncEngine.
+    bounds how long a long prompt holds up the answers beside it; cache_tokens: what the full-attention
+    layers keep for all requests together, by default one model context, and so the most that one request may
+    come to. When the cache runs out the youngest request steps back and is computed again later; on `cpu` its
+    text does not change. Not thread-safe; see AsyncEngine.
+    Raises RequestError for a limit below 1, OutOfMemoryError where the cache does not fit.
     """
 
     def __init__(
@@ -85,22 +88,30 @@ class Engine:
         *,
         max_sequences: int = 16,
         step_tokens: int = PREFILL_TOKENS,
-        context: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         config = model.config
+        cache_tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
+        limits = {"max_sequences": max_sequences, "step_tokens": step_tokens, "cache_tokens": cache_tokens}
+        for name, limit in limits.items():
+            if type(limit) is not int or limit < 1:
+                raise RequestError(f"{name} is {limit!r}: give an integer of at least 1")
         self.model = model
-        self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
+        self.context = min(cache_tokens, config.max_position_embeddings)
         self._max_sequences = max_sequences
         self._step_tokens = max(step_tokens, max_sequences)
-        full_blocks = -(-self.context // BLOCK_TOKENS)
-        window_blocks = (config.sliding_window + self._step_tokens) // BLOCK_TOKENS + 2
-        # Room for every running request, and as much again for the windows at which known prefixes end.
-        sliding_blocks = 2 * (window_blocks + max_sequences * (config.sliding_window // BLOCK_TOKENS + 2))
-        self._full, self._sliding = BlockPool(full_blocks), BlockPool(sliding_blocks)
+        self._window = min(config.sliding_window, self.context)
+        full_blocks = -(-cache_tokens // BLOCK_TOKENS)
+        # Room for every running request, and as much again for the windows at which known prefixes end; never
+        # more than the full layers have, for a sequence's sliding blocks are some of its full ones.
+        windows = max_sequences * (self._window // BLOCK_TOKENS + 2) + self._step_tokens // BLOCK_TOKENS + 1
+        sliding_blocks = min(2 * windows, full_blocks)
         self._cache = model.ops.new_cache(config, full_blocks, sliding_blocks)
+        self._full, self._sliding = BlockPool(full_blocks), BlockPool(sliding_blocks)
         self._ids = count()
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # oldest first
+        self._blocked = False  # the first that waits found no room, and none has been given back since
 
     @property
     def has_work(self) -> bool:
@@ -117,7 +128,7 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens: no room for an answer in {self.context}"
             )
         end = len(tokens) + (room if request.max_tokens is None else min(request.max_tokens, room))
-        pages = Pages(self._full, self._sliding, self.model.config.sliding_window)
+        pages = Pages(self._full, self._sliding, self._window)
         sequence = _Sequence(next(self._ids), request, pages, tokens, end)
         self._waiting.append(sequence)
         return sequence.id
@@ -142,7 +153,7 @@ class Engine:
         rows = iter(logits)
         for sequence in scheduled:
             sampling = sequence.scheduled == sequence.pending
-            sequence.pages.advance(sequence.tokens[: sequence.pages.length + sequence.scheduled])
+            sequence.pages.advance(sequence.tokens, sequence.scheduled)
             if sampling:
                 events.append(self._sample(sequence, next(rows)))
         return events
@@ -151,36 +162,45 @@ class Engine:
         """Choose how many tokens each request computes: answers first, then prompts, oldest first."""
         for sequence in self._running:
             sequence.scheduled = 0
-        budget = self._step_tokens
         for sequence in sorted(self._running, key=lambda s: s.pending > 1):
             if sequence in self._running:  # it may have stepped back for an older one
-                budget -= self._grant(sequence, budget)
-        while self._waiting and budget and len(self._running) < self._max_sequences:
-            sequence = self._waiting[0]
-            cached = sequence.pages.adopt_prefix(sequence.tokens)
-            granted = min(sequence.pending, budget)
-            if not sequence.pages.reserve(granted):
-                sequence.pages.release()
+                self._continue(sequence)
+        while self._waiting and self._budget and len(self._running) < self._max_sequences:
+            if self._blocked or not self._admit(self._waiting[0]):
                 break
-            if sequence.cached_tokens is None:
-                sequence.cached_tokens = cached
-            sequence.scheduled = granted
-            budget -= granted
-            self._running.append(self._waiting.popleft())
         return [sequence for sequence in self._running if sequence.scheduled]
 
-    def _grant(self, sequence: _Sequence, budget: int) -> int:
+    @property
+    def _budget(self) -> int:
+        """Tokens that this step can still take."""
+        return self._step_tokens - sum(sequence.scheduled for sequence in self._running)
+
+    def _continue(self, sequence: _Sequence) -> None:
         """Reserve room for a request's next tokens; while there is too little, the youngest steps back."""
-        granted = min(sequence.pending, budget)
+        granted = min(sequence.pending, self._budget)
         while not sequence.pages.reserve(granted):
             youngest = self._running.pop()
             youngest.pages.release()
             youngest.scheduled = 0
             self._waiting.appendleft(youngest)
+            self._blocked = False
             if youngest is sequence:
-                return 0
+                return
         sequence.scheduled = granted
-        return granted
+
+    def _admit(self, sequence: _Sequence) -> bool:
+        """Start the first request that waits, from as much of its beginning as the cache knows."""
+        cached = sequence.pages.adopt_prefix(sequence.tokens)
+        granted = min(sequence.pending, self._budget)
+        if not sequence.pages.reserve(granted):
+            sequence.pages.release()
+            self._blocked = True
+            return False
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = cached
+        sequence.scheduled = granted
+        self._running.append(self._waiting.popleft())
+        return True
 
     def _batch(self, scheduled: list[_Sequence]) -> Batch:
         tokens: list[int] = []
@@ -201,13 +221,14 @@ class Engine:
         )
 
     def _sample(self, sequence: _Sequence, logits: Array) -> TokenEvent:
-        request, cached = sequence.request, sequence.cached_tokens or 0
+        request = sequence.request
+        counts = len(request.tokens), sequence.cached_tokens or 0
         draw = Draw(request.sampling, request.seed, 0, sequence.tokens, len(request.tokens))
         try:
             [sampled] = self.model.ops.sample(logits[None], [draw])
         except Exception as error:  # a request's own logits processor, say: the others must not suffer
             self._remove(sequence)
-            return TokenEvent(sequence.id, None, cached, "error", error)
+            return TokenEvent(sequence.id, None, *counts, "error", error)
         sequence.tokens.append(sampled.token)
         reason: FinishReason | None = None
         if sampled.token in request.stop_token_ids:
@@ -216,10 +237,11 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._remove(sequence)
-        return TokenEvent(sequence.id, sampled, cached, reason)
+        return TokenEvent(sequence.id, sampled, *counts, reason)
 
     def _remove(self, sequence: _Sequence) -> None:
         sequence.pages.release()
+        self._blocked = False
         if sequence in self._running:
             self._running.remove(sequence)
         else:

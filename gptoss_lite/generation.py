@@ -3,8 +3,9 @@
 import datetime
 import os
 import secrets
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from contextlib import aclosing
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -36,6 +37,7 @@ __all__ = [
 Prompt = str | Sequence[int]
 Chat = Sequence[Mapping[str, Any] | Message]
 _DEMO = Path(__file__).parent / "demo"
+_CHAT_OPTIONS = ("reasoning_effort", "instructions", "tools", "response_format", "date")
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -109,8 +111,12 @@ def stream_generate(
     prompt_progress: called with the tokens of the prompt computed and their number, until the answer begins.
     Closing the iterator cancels. Raises RequestError for what cannot be served.
     """
+    if engine is None:
+        engine = Engine(model)
+    elif engine.model is not model or engine.has_work:
+        raise RequestError("the engine has another model, or a request under way: give one that is idle")
     request, stream = _prepare(tokenizer, prompt, messages, options)
-    return _stream(engine or Engine(model), request, stream, prompt_progress)
+    return _stream(engine, request, stream, prompt_progress)
 
 
 def generate(
@@ -201,17 +207,16 @@ def _prepare(
     tokenizer: Tokenizer, prompt: Prompt | None, messages: Chat | None, options: GenerateOptions
 ) -> tuple[Request, EventStream]:
     """Make the engine's request of a prompt or a chat, and what turns its tokens into events."""
-    chat_options: dict[str, Any] = {
-        key: options.get(key)
-        for key in ("reasoning_effort", "instructions", "tools", "response_format", "date")
-        if options.get(key) is not None
-    }
-    stops = options.get("stop", ())
+    if unknown := options.keys() - GenerateOptions.__annotations__.keys():
+        raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(GenerateOptions.__annotations__)}")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    chat_options = {name: given[name] for name in _CHAT_OPTIONS if name in given}
+    stops = given.get("stop", ())
     reader: Reader
     if prompt is not None and messages is None:
         if chat_options:
             raise RequestError(f"{next(iter(chat_options))} is for a chat: give messages, not a prompt")
-        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         reader = CompletionReader(tokenizer, stops)
     elif messages is not None and prompt is None:
         if not messages:
@@ -220,9 +225,12 @@ def _prepare(
         reader = TurnReader(tokenizer, stops)
     else:
         raise RequestError("give either a prompt or messages")
-    sampling = options.get("sampling", SamplingParams())
+    sampling: SamplingParams = given.get("sampling", SamplingParams())
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     turn_ends = frozenset(tokenizer.special[name] for name in TURN_ENDS)
-    own_stops = frozenset(options.get("stop_token_ids", ()))
-    request = Request(tokens, sampling, seed, options.get("max_tokens"), turn_ends | own_stops)
-    return request, EventStream(reader, len(tokens), seed, own_stops - turn_ends)
+    own_stops = given.get("stop_token_ids", ())
+    if not isinstance(own_stops, Collection) or not all(isinstance(i, Integral) for i in own_stops):
+        raise RequestError(f"stop_token_ids is {own_stops!r}: give a list of token ids")
+    hidden = frozenset(own_stops) - turn_ends
+    request = Request(tokens, sampling, seed, given.get("max_tokens"), turn_ends | hidden)
+    return request, EventStream(reader, seed, hidden)

@@ -171,6 +171,8 @@ class GptOss:
         (T or last, vocab_size). Raises RequestError for an empty or too long prompt or an id out of range.
         """
         self.check_prompt(tokens)
+        if last is not None and (type(last) is not int or last < 1):
+            raise RequestError(f"last is {last!r}: give an integer of at least 1, or None")
         total = len(tokens)
         first_row = 0 if last is None else max(0, total - last)
         blocks = -(-total // BLOCK_TOKENS)
@@ -193,10 +195,13 @@ class GptOss:
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """Raise RequestError unless `tokens` is a prompt this model can take."""
         context, vocab = self.config.max_position_embeddings, self.config.vocab_size
-        if not len(tokens):
+        ids = np.asarray(tokens)
+        if not ids.size:
             raise RequestError("the prompt is empty: give at least one token")
-        if len(tokens) > context:
-            raise RequestError(f"the prompt has {len(tokens)} tokens: the model's context is {context}")
-        if not all(0 <= token < vocab for token in tokens):
-            wrong = next(token for token in tokens if not 0 <= token < vocab)
-            raise RequestError(f"the prompt holds token id {wrong}: ids run from 0 to {vocab - 1}")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError("the prompt is neither text nor a list of token ids, which are integers")
+        if ids.size > context:
+            raise RequestError(f"the prompt has {ids.size} tokens: the model's context is {context}")
+        wrong = ids[(ids < 0) | (ids >= vocab)]
+        if wrong.size:
+            raise RequestError(f"the prompt holds token id {wrong[0]}: ids run from 0 to {vocab - 1}")

@@ -69,10 +69,11 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if hits:
+        starts = {stop: self._held.find(stop) for stop in self._stops}
+        hits = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]
+        if hits:  # the one that is complete first, however the text is cut
             self.found = True
-            return self._held[: min(hits)]
+            return self._held[: min(hits)[1]]
         longest = max((self._overlap(stop) for stop in self._stops), default=0)
         shown = self._held[: len(self._held) - longest]
         self._held = self._held[len(shown) :]
@@ -199,7 +200,6 @@ class EventStream:
     """Turns one request's token events into generation events."""
 
     reader: Reader
-    prompt_tokens: int
     seed: int
     hidden: frozenset[int]  # the caller's own stop tokens, whose text is not part of the answer
     _completion_tokens: int = field(default=0, init=False)
@@ -215,21 +215,24 @@ class EventStream:
             raise event.error
         assert event.sampled is not None and event.finish_reason != "error"
         token = event.sampled.token
-        piece = Piece() if token in self.hidden else self.reader.feed(token)
+        hidden = token in self.hidden
+        piece = Piece() if hidden else self.reader.feed(token)
         self._completion_tokens += 1
         self._reasoning_tokens += piece.channel == ANALYSIS
-        reason: FinishReason | None = "stop" if self.reader.stopped else event.finish_reason
+        reason: FinishReason | None = event.finish_reason
         usage: Usage | None = None
         messages: tuple[Message, ...] = ()
-        if reason is not None:
+        if reason is not None or self.reader.stopped:
             rest = self.reader.finish()
             if rest.text:
                 piece = Piece(piece.text + rest.text, rest.channel, rest.recipient)
             messages = self.reader.messages()
-            if reason == "stop" and any(_is_call(message.recipient) for message in messages):
+            if self.reader.stopped:
+                reason = "stop"
+            elif reason == "stop" and not hidden and any(_is_call(m.recipient) for m in messages):
                 reason = "tool_calls"
             counts = self._completion_tokens, self._reasoning_tokens
-            usage = Usage(self.prompt_tokens, event.cached_tokens, *counts, self.seed)
+            usage = Usage(event.prompt_tokens, event.cached_tokens, *counts, self.seed)
         return GenerationEvent(
             piece.channel, piece.text, token, event.sampled.logprob, event.sampled.top_logprobs,
             piece.recipient, reason, usage, messages,

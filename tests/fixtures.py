@@ -5,3 +5,4 @@ from pathlib import Path
 
 FIXTURES = Path(os.environ.get("GPTOSS_LITE_FIXTURES", Path(__file__).parent / "data"))
 LAYOUTS = sorted(path.parent for path in FIXTURES.glob("checkpoints/*/*/config.json"))
+assert LAYOUTS, f"no checkpoints under {FIXTURES}: set GPTOSS_LITE_FIXTURES to a folder that has them"

@@ -16,7 +16,7 @@ def fill(sequence: Pages, tokens: list[int], step: int) -> None:
     while sequence.length < len(tokens):
         count = min(step, len(tokens) - sequence.length)
         assert sequence.reserve(count)
-        sequence.advance(tokens[: sequence.length + count])
+        sequence.advance(tokens, count)
 
 
 def test_a_sliding_layer_holds_a_window_and_a_full_layer_everything() -> None:

@@ -211,14 +211,6 @@ def test_misaligned_tensors_are_read_whole(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array, want)
 
 
-def test_generation_config_is_read_where_there_is_one(tmp_path: Path) -> None:
-    assert open_checkpoint(write(tmp_path)).generation_config == {}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert open_checkpoint(tmp_path).generation_config == {"eos_token_id": [1, 2]}
-    (tmp_path / "generation_config.json").write_text("[]")
-    assert "generation_config.json holds []" in refusal(lambda: open_checkpoint(tmp_path))
-
-
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write(tmp_path))
     assert "no tensor 'model.layers.9.x'" in refusal(lambda: checkpoint.tensor("model.layers.9.x"))

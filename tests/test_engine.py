@@ -1,12 +1,17 @@
 """Continuous batching: a request's logits are its own, to the last bit, whatever happens around it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from random import Random
 
 import numpy as np
 import pytest
+from fixtures import LAYOUTS
 from numpy.typing import NDArray
 
 from gptoss_lite.cache import Pages
+from gptoss_lite.checkpoint import open_checkpoint
 from gptoss_lite.engine import Engine, Request, TokenEvent
 from gptoss_lite.errors import RequestError
 from gptoss_lite.model import GptOss
@@ -118,12 +123,111 @@ def test_a_full_cache_makes_the_youngest_step_back_and_changes_no_bit(
         return adopt(pages, tokens)
 
     monkeypatch.setattr(Pages, "adopt_prefix", noting)
-    engine = Engine(tiny, context=480)  # PROMPT and the other fit at first, their answers do not
+    engine = Engine(tiny, cache_tokens=480)  # PROMPT and the other fit at first, their answers do not
     recorder = Recorder()
     events = run(engine, request(OTHERS[0], 160), request(PROMPT, recorder=recorder))
     assert len(admitted) > 2
     assert [e.sampled.token for e in events[1] if e.sampled] == alone[1]
     np.testing.assert_array_equal(np.stack(recorder.logits), alone[0])
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Callable[[int], GptOss]:
+    """The tiny network with another sliding window, on one thread."""
+
+    @cache
+    def load(window: int) -> GptOss:
+        checkpoint = open_checkpoint(LAYOUTS[0])
+        config = replace(checkpoint.config, sliding_window=window)
+        return GptOss(replace(checkpoint, config=config), get_ops("cpu", 1))
+
+    return load
+
+
+def check_random_traffic(windowed: Callable[[int], GptOss], seed: int) -> None:
+    """Crowd an engine with a small cache: every row must have the bits that model.logits gives alone."""
+    rng = Random(seed)
+    model = windowed(rng.choice([1, 5, 16, 17, 33, 128, 1000]))
+    context = rng.choice([17, 33, 48, 160, 161, 320])
+    engine = Engine(
+        model,
+        max_sequences=rng.randint(1, 6),
+        step_tokens=rng.choice([1, 3, 7, 16, 17, 64, 512]),
+        cache_tokens=context,
+    )
+    for stored in (*engine._cache.keys, *engine._cache.values):
+        stored[:] = 0x7FC0  # NaN wherever nothing was stored
+    available = engine._full.available, engine._sliding.available
+    family = [rng.randrange(1000) for _ in range(context)]
+    live: dict[int, tuple[list[int], Recorder, list[int]]] = {}
+    finished = []
+    waiting = rng.randint(2, 7)
+    while waiting or engine.has_work:
+        while waiting and (rng.random() < 0.5 or not engine.has_work):
+            length, shared = rng.randint(1, context - 1), rng.randint(0, context)
+            prompt = family[: min(length, shared)] + [
+                rng.randrange(1000) for _ in range(length - min(length, shared))
+            ]
+            recorder = Recorder()
+            live[engine.submit(request(prompt, rng.choice([1, 2, 20, 40]), recorder))] = prompt, recorder, []
+            waiting -= 1
+        for event in engine.step():
+            assert event.sampled is not None
+            live[event.request_id][2].append(event.sampled.token)
+            if event.finish_reason:
+                finished.append(live.pop(event.request_id))
+        if live and rng.random() < 0.03:
+            cancelled = rng.choice(list(live))
+            engine.cancel(cancelled)
+            del live[cancelled]
+    assert (engine._full.available, engine._sliding.available) == available
+    for prompt, recorder, answer in finished:
+        want = model.logits(prompt + answer[:-1], last=len(answer))
+        np.testing.assert_array_equal(np.stack(recorder.logits), want)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic_changes_no_bit(windowed: Callable[[int], GptOss], seed: int) -> None:
+    check_random_traffic(windowed, seed)
+
+
+@pytest.mark.soak
+def test_much_random_traffic_changes_no_bit(windowed: Callable[[int], GptOss]) -> None:
+    for seed in range(100, 300):
+        check_random_traffic(windowed, seed)
+
+
+def test_a_window_beyond_the_context_takes_no_more_cache_than_a_full_layer(
+    windowed: Callable[[int], GptOss],
+) -> None:
+    engine = Engine(windowed(2**31 - 1), cache_tokens=160)
+    assert engine._sliding.available == engine._full.available == 10
+
+
+def test_a_cache_may_hold_more_than_one_context(tiny: GptOss) -> None:
+    engine = Engine(tiny, cache_tokens=200_000)
+    assert engine._full.available == 12_500
+    with pytest.raises(RequestError, match="context is 131072"):
+        engine.submit(request([1] * 131_073))
+
+
+@pytest.mark.parametrize("limit", ["max_sequences", "step_tokens", "cache_tokens"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, True, "8"])
+def test_limits_must_be_positive_integers(tiny: GptOss, limit: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{limit} is"):
+        Engine(tiny, **{limit: value})  # type: ignore[arg-type]
+
+
+def test_what_a_processor_was_shown_stays_as_it_was(tiny: GptOss) -> None:
+    shown: list[Sequence[int]] = []
+
+    def keeping(tokens: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        shown.append(tokens)
+        return logits
+
+    kept = Request(PROMPT, SamplingParams(logits_processors=(keeping,)), seed=11, max_tokens=5)
+    answer = first_run(Engine(tiny), kept)
+    assert [list(tokens) for tokens in shown] == [PROMPT + answer[:n] for n in range(5)]
 
 
 def test_finish_reasons(tiny: GptOss, alone: tuple[NDArray[np.float32], list[int]]) -> None:
@@ -138,7 +242,7 @@ def test_finish_reasons(tiny: GptOss, alone: tuple[NDArray[np.float32], list[int
 
 
 def test_the_context_ends_an_answer(tiny: GptOss) -> None:
-    [events] = run(Engine(tiny, context=310), Request(PROMPT, SamplingParams(), seed=1)).values()
+    [events] = run(Engine(tiny, cache_tokens=310), Request(PROMPT, SamplingParams(), seed=1)).values()
     assert len(events) == 10
     assert events[-1].finish_reason == "length"
 
@@ -175,6 +279,11 @@ def test_cancelling_frees_every_block(tiny: GptOss) -> None:
         ([], "empty"),
         ([1024], "token id 1024"),
         ([-1], "token id -1"),
+        ([1.5], "integers"),
+        (["a"], "integers"),
+        ([[1]], "integers"),
+        (b"It was", "neither text nor"),
+        (5, "neither text nor"),
         ([1] * 131073, "131073 tokens: the model's context is 131072"),
     ],
 )

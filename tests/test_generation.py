@@ -1,6 +1,7 @@
 """From messages and prompts to text: the public functions over the bundled model."""
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 import gptoss_lite as gl
+from gptoss_lite.engine import TokenEvent
 from gptoss_lite.harmony import Message
 from gptoss_lite.model import GptOss
 from gptoss_lite.stream import StopStrings
@@ -246,7 +248,59 @@ def test_leaving_an_async_stream_cancels_and_closing_ends_the_others(demo: tuple
             await anext(gl.async_stream_generate(engine, tokenizer, "It was"))
 
     asyncio.run(scenario())
-    assert len([s for s in inner._running if s.request.tokens == tokenizer.encode("It was")]) == 0
+    assert not inner.has_work
+
+
+def test_an_engine_that_breaks_tells_its_clients(
+    demo: tuple[GptOss, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo
+    inner = gl.Engine(model)
+
+    def breaking() -> list[TokenEvent]:
+        raise SystemExit("a bug")
+
+    async def scenario() -> None:
+        async with gl.AsyncEngine(inner) as engine:
+            monkeypatch.setattr(inner, "step", breaking)
+            with pytest.raises(RuntimeError, match="a bug"):
+                await anext(gl.async_stream_generate(engine, tokenizer, "It was"))
+            with pytest.raises(RuntimeError, match="closed"):
+                await anext(gl.async_stream_generate(engine, tokenizer, "It was"))
+
+    asyncio.run(scenario())
+    assert not inner.has_work
+
+
+def test_a_loop_that_ends_without_a_word_does_not_keep_the_engine_busy(
+    demo: tuple[GptOss, Tokenizer],
+) -> None:
+    model, tokenizer = demo
+    inner = gl.Engine(model)
+    engine = gl.AsyncEngine(inner)
+    loop = asyncio.new_event_loop()
+    stream = gl.async_stream_generate(engine, tokenizer, "It was")
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    deadline = time.monotonic() + 20
+    while inner.has_work and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not inner.has_work
+    engine.close()
+
+
+def test_an_engine_serves_one_stream_at_a_time_and_its_own_model(demo: tuple[GptOss, Tokenizer]) -> None:
+    model, tokenizer = demo
+    engine = gl.Engine(model)
+    first = gl.stream_generate(model, tokenizer, "It was", engine=engine)
+    next(first)
+    with pytest.raises(gl.RequestError, match="under way"):
+        gl.generate(model, tokenizer, "It was", engine=engine)
+    with pytest.raises(gl.RequestError, match="under way"):
+        gl.AsyncEngine(engine)
+    first.close()
+    with pytest.raises(gl.RequestError, match="another model"):
+        gl.generate(gl.load_model("demo"), tokenizer, "It was", engine=engine)
 
 
 def test_progress_is_told_until_the_answer_begins(demo: tuple[GptOss, Tokenizer]) -> None:
@@ -288,6 +342,11 @@ def test_closing_the_iterator_frees_the_engine(demo: tuple[GptOss, Tokenizer]) -
         ({"prompt": [5000]}, "token id 5000"),
         ({"prompt": "a " * 140_000}, "context is 131072"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"prompt": "a", "stop_token_ids": 5}, "stop_token_ids"),
+        ({"messages": ASK, "date": "2026-99-99"}, "date"),
+        ({"messages": ASK, "date": 5}, "date"),
+        ({"messages": ASK, "instructions": 5}, "instructions"),
     ],
 )
 def test_what_cannot_be_served(
@@ -297,10 +356,42 @@ def test_what_cannot_be_served(
         gl.generate(*demo, **arguments)  # type: ignore[arg-type]
 
 
+def test_an_unknown_option_is_named(demo: tuple[GptOss, Tokenizer]) -> None:
+    with pytest.raises(TypeError, match="no option 'temperature'"):
+        gl.generate(*demo, "It was", temperature=0)  # type: ignore[call-arg]
+
+
+def test_an_option_that_is_none_is_left_out(demo: tuple[GptOss, Tokenizer]) -> None:
+    options = {"stop": None, "stop_token_ids": None, "sampling": None, "date": None}
+    assert gl.generate(*demo, "It was", max_tokens=1, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [0, -3, 1.5])
+def test_the_rows_wanted_must_be_a_positive_number(demo: tuple[GptOss, Tokenizer], last: int) -> None:
+    with pytest.raises(gl.RequestError, match="last is"):
+        demo[0].logits([1, 2], last=last)
+
+
+def test_a_call_cut_by_the_callers_own_stop_token_is_no_finished_call(
+    demo: tuple[GptOss, Tokenizer],
+) -> None:
+    model, tokenizer = demo
+    stop = tokenizer.encode(':"')
+    *_, last = gl.stream_generate(
+        model, tokenizer, messages=ASK, stop_token_ids=stop, sampling=scripted(tokenizer, *CALL)
+    )
+    assert last.finish_reason == "stop"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_stop_strings_do_not_depend_on_how_the_text_is_cut(size: int) -> None:
     text = "abababc and then aab or xx"
-    for stops, want in ((["ababc"], "ab"), (["aab", "n a"], "abababc and the"), (["zz"], text)):
+    for stops, want in (
+        (["ababc"], "ab"),
+        (["aab", "n a"], "abababc and the"),
+        (["c and then", "and"], "abababc "),
+        (["zz"], text),
+    ):
         matcher = StopStrings(stops)
         shown = [matcher.feed(text[i : i + size]) for i in range(0, len(text), size)]
         assert "".join([*shown, matcher.finish()]) == want

@@ -151,6 +151,17 @@ def test_a_sink_takes_its_share(cpu: Ops) -> None:
     np.testing.assert_allclose(got[0], np.repeat(want[:, None], HEAD_DIM, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10_000])
+def test_threads_must_be_some_that_there_are(threads: int) -> None:
+    with pytest.raises(DeviceError, match="threads is"):
+        get_ops("cpu", threads)
+
+
+def test_no_rows_wanted_cost_no_reading(cpu: Ops) -> None:
+    norm, weight = Norm(normal(HIDDEN), 1e-5), cpu.prepare(normal(101, HIDDEN))
+    assert cpu.logits(normal(3, HIDDEN), norm, Linear(weight), np.empty(0, np.int32)).shape == (0, 101)
+
+
 def test_unknown_device_names_the_choices() -> None:
     with pytest.raises(DeviceError, match="'tpu': choose auto, cpu or reference"):
         get_ops("tpu")

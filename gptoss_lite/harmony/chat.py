@@ -65,8 +65,9 @@ def from_chat(
                 conversation += _assistant(message, where, call_names)
             case "tool":
                 conversation.append(_tool_result(message, where, call_names))
-    today = datetime.date.today() if date is None else date
-    system = SystemContent(current_date=str(today), reasoning_effort=effort, tools=builtin)
+    system = SystemContent(current_date=_date(date), reasoning_effort=effort, tools=builtin)
+    if not isinstance(instructions, str | None):
+        raise RequestError(f"instructions is {describe(instructions)}: a string is needed")
     texts = [text for text in (instructions, *briefs["system"], *briefs["developer"]) if text]
     developer = DeveloperContent(
         instructions="\n\n".join(texts) or None,
@@ -77,6 +78,15 @@ def from_chat(
     if developer != DeveloperContent():
         head.append(Message("developer", (developer,)))
     return (*head, *conversation)
+
+
+def _date(date: Any) -> str:
+    """Return YYYY-MM-DD, today's if there is none given."""
+    try:
+        parsed = datetime.date.fromisoformat(date) if isinstance(date, str) else date or datetime.date.today()
+        return f"{parsed:%Y-%m-%d}"
+    except (TypeError, ValueError):
+        raise RequestError(f"date is {describe(date)}: a date or 'YYYY-MM-DD' is needed") from None
 
 
 def _checked_list(value: Any, where: str) -> Sequence[Any]:

@@ -17,7 +17,11 @@ def get_ops(device: str = "auto", threads: int | None = None) -> Ops:
     if device == "reference":
         return Ops()
     if device in ("auto", "cpu"):
-        from gptoss_lite.ops.cpu import CPUOps
-
+        try:
+            from gptoss_lite.ops.cpu import CPUOps
+        except RuntimeError as error:  # Numba found no directory to write to
+            raise DeviceError(
+                f"compiled kernels have nowhere to be kept ({error}): name a directory in NUMBA_CACHE_DIR"
+            ) from error
         return CPUOps(threads)
     raise DeviceError(f"unknown device {device!r}: choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")

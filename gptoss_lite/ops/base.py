@@ -56,7 +56,7 @@ class Ops:
         return tensor
 
     def new_cache(self, config: ModelConfig, full_blocks: int, sliding_blocks: int) -> KVCache:
-        """Set aside keys and values for so many blocks of each kind of layer."""
+        """Set aside keys and values for so many blocks of each kind of layer, or raise OutOfMemoryError."""
         counts = {"full_attention": full_blocks, "sliding_attention": sliding_blocks}
         shapes = [
             (counts[kind], config.num_key_value_heads, BLOCK_TOKENS, config.head_dim)
@@ -67,7 +67,7 @@ class Ops:
         except MemoryError as error:
             needed = 2 * sum(map(math.prod, shapes)) * np.dtype(self.cache_dtype).itemsize
             raise OutOfMemoryError(
-                f"keys and values need {needed / 2**30:.1f} GiB of memory: give the engine a smaller context"
+                f"keys and values need {needed / 2**30:.1f} GiB of memory: give the engine fewer cache_tokens"
             ) from error
         return KVCache(keys, values)
 

@@ -22,7 +22,7 @@ from gptoss_lite.sampling import Draw, Sampled, sample
 # Numba's fallback threading layer aborts the process when two threads enter it at once.
 _ONE_AT_A_TIME = threading.RLock()
 _CODES = np.asarray(E2M1, np.float32)
-_NO_WINDOW = 1 << 30
+_NO_WINDOW = 2**31 - 1
 
 
 class CPUOps(Ops):
@@ -40,8 +40,8 @@ class CPUOps(Ops):
         # where cores are shared: on two busy cores a step of a small model took 40 times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        if threads is not None and not 1 <= threads <= available:
-            raise DeviceError(f"threads is {threads}: this machine gives 1 to {available}")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= available):
+            raise DeviceError(f"threads is {threads!r}: this machine gives 1 to {available}")
         self.threads = threads or available
 
     @contextmanager
@@ -149,6 +149,8 @@ def _dense(x: Array, w: Linear) -> Array:
 def _grouped(x: Array, weight: Any, groups: Array, starts: Array) -> Array:
     """Multiply rows starts[g]:starts[g + 1] of x (R, K) with weight[groups[g]] (N, K) -> float32 (R, N)."""
     y = np.empty((len(x), weight.shape[1]), np.float32)
+    if not len(x):  # no row's logits are wanted: spare the reading of the weights
+        return y
     if isinstance(weight, MXFP4Tensor):
         linear.linear_mxfp4(x, weight.blocks, weight.scales, _CODES, groups, starts, y)
     else:
