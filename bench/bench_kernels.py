@@ -8,12 +8,20 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gptoss_lite.kernels.cpu import attention, linear
+from gptoss_lite.kernels.cpu import attention, elementwise, linear, sampling
+from gptoss_lite.ops import get_ops
 from gptoss_lite.quant import MXFP4Tensor
 from gptoss_lite.quant.mxfp4 import E2M1
+from gptoss_lite.sampling import gumbel_argmax
 
 HIDDEN, INTERMEDIATE, EXPERTS = 2880, 2880, 4
 CODES = np.asarray(E2M1, np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> None:
+    """Let the CPU backend set its threads up as it does for a model."""
+    get_ops("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +107,53 @@ def bench_attention(
     want = np.einsum("hmk,hkd->hmd", weights, v) / (weights.sum(-1, keepdims=True) + 1)
     np.testing.assert_allclose(out.reshape(want.shape), want, atol=1e-5)
     report(2 * span * 8 * 64 * 2, 2 * span * 64 * 64)
+
+
+def bench_rms_norm(
+    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+) -> None:
+    """A prefill step of 512 tokens."""
+    x, weight = rng.standard_normal((512, HIDDEN), np.float32), rng.standard_normal(HIDDEN, np.float32)
+    y = np.empty_like(x)
+    benchmark.pedantic(elementwise.rms_norm, (x, weight, 1e-5, y), rounds=15, warmup_rounds=2)
+    want = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    report(x.nbytes + y.nbytes, 3 * x.size)
+
+
+def bench_swiglu(
+    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+) -> None:
+    """The 2,048 expert rows of 512 tokens."""
+    x = rng.standard_normal((2048, 2 * INTERMEDIATE), np.float32) * 4
+    bias, expert = np.zeros((1, 2 * INTERMEDIATE), np.float32), np.zeros(2048, np.int32)
+    y = np.empty((2048, INTERMEDIATE), np.float32)
+    benchmark.pedantic(elementwise.swiglu, (x, bias, expert, 7.0, y), rounds=15, warmup_rounds=2)
+    gate, up = np.minimum(x[:, ::2], 7), np.clip(x[:, 1::2], -7, 7)
+    np.testing.assert_allclose(y, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
+    report(x.nbytes + y.nbytes, 0)
+
+
+def bench_combine(
+    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+) -> None:
+    """Four experts' results added to each of 512 tokens."""
+    x, y = rng.standard_normal((512, HIDDEN), np.float32), rng.standard_normal((2048, HIDDEN), np.float32)
+    bias, expert = np.zeros((1, HIDDEN), np.float32), np.zeros(2048, np.int32)
+    rows = rng.permutation(2048).astype(np.int32).reshape(512, 4)
+    weights, out = rng.random((512, 4), np.float32), np.empty_like(x)
+    args = (x, y, bias, expert, rows, weights, out)
+    benchmark.pedantic(elementwise.combine, args, rounds=15, warmup_rounds=2)
+    np.testing.assert_allclose(out, x + np.einsum("tc,tck->tk", weights, y[rows]), rtol=1e-4, atol=1e-4)
+    report(x.nbytes + y.nbytes + out.nbytes, y.size)
+
+
+def bench_gumbel_argmax(
+    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+) -> None:
+    """One draw over gpt-oss's 201,088 logits."""
+    logits = rng.standard_normal(201_088, np.float32) * 3
+    args = (logits, 1.0, 7, 0, 5)
+    token = benchmark.pedantic(sampling.gumbel_argmax, args, rounds=15, warmup_rounds=2)
+    assert token == gumbel_argmax(*args)
+    report(logits.nbytes, 0)

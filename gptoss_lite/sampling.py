@@ -163,9 +163,8 @@ def adjust(logits: Array, draw: Draw) -> Array:
     params = draw.params
     adjusted = logits.copy()
     for processor in params.logits_processors:
-        adjusted = np.array(
-            processor(tuple(draw.tokens), adjusted), np.float32
-        )  # copied: it may keep its own array
+        returned = processor(tuple(draw.tokens), adjusted)
+        adjusted = np.array(returned, np.float32)  # copied: it may keep its own array
         if adjusted.shape != logits.shape:
             raise RequestError(f"a logits processor returned shape {adjusted.shape}: must be {logits.shape}")
     if params.logit_bias:
