@@ -34,7 +34,7 @@ class AsyncEngine:
         return self
 
     async def __aexit__(
-        self, kind: type[Exception] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
 

@@ -113,8 +113,8 @@ def stream_generate(
     """
     if engine is None:
         engine = Engine(model)
-    elif engine.model is not model or engine.has_work:
-        raise RequestError("the engine has another model, or a request under way: give one that is idle")
+    elif engine.model is not model:
+        raise RequestError("the engine has another model: make one with Engine(model)")
     request, stream = _prepare(tokenizer, prompt, messages, options)
     return _stream(engine, request, stream, prompt_progress)
 
@@ -186,6 +186,8 @@ def _open(path: str | os.PathLike[str]) -> Checkpoint:
 def _stream(
     engine: Engine, request: Request, stream: EventStream, prompt_progress: Progress | None
 ) -> Generator[GenerationEvent, None, None]:
+    if engine.has_work:
+        raise RequestError("the engine has a request under way: finish or close that stream first")
     request_id = engine.submit(request)
     try:
         while True:
