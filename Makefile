@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo dev check lint types test soak bench clean
 
 demo: $(VENV)/.installed  ## Install, and stream an answer of the bundled model.
-	@$(BIN)/gptoss-lite generate "Tell me a story about the sea."
+	@$(BIN)/gptoss-lite generate --temperature 0.7 "Tell me a story about the sea."
 
 dev: $(VENV)/.installed-dev  ## Install what development needs.
 
