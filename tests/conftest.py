@@ -1,15 +1,21 @@
-"""What the tests share: opened golden networks and their reference logits."""
+"""What the tests share: the golden networks, under tests/data or where GPTOSS_LITE_FIXTURES says."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import LAYOUTS
 
 from gptoss_lite.checkpoint import open_checkpoint
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
+
+DATA = Path(__file__).parent / "data"
+FIXTURES = Path(os.environ.get("GPTOSS_LITE_FIXTURES", DATA))
+if not FIXTURES.is_dir():
+    raise pytest.UsageError(f"GPTOSS_LITE_FIXTURES names {FIXTURES}, which is no directory")
+LAYOUTS = sorted(path.parent for path in FIXTURES.glob("checkpoints/*/*/config.json"))
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -17,6 +23,14 @@ def layout(request: pytest.FixtureRequest) -> Path:
     """One on-disk layout of one golden network; its reference.npz lies in the folder above."""
     path: Path = request.param
     return path
+
+
+@pytest.fixture(
+    scope="session", params=sorted({path.parent for path in LAYOUTS}), ids=lambda path: str(path.name)
+)
+def network(request: pytest.FixtureRequest) -> list[Path]:
+    """All layouts of one golden network."""
+    return [path for path in LAYOUTS if path.parent == request.param]
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +45,12 @@ def golden() -> Callable[[Path], dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> GptOss:
-    """The first golden network on the CPU, for tests that need any network at all."""
-    return GptOss(open_checkpoint(LAYOUTS[0]), get_ops("cpu"))
+def tiny_path() -> Path:
+    """A small random checkpoint, for tests that need any network at all."""
+    return DATA / "checkpoints" / "tiny" / "mxfp4"
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> GptOss:
+    """That checkpoint on the CPU."""
+    return GptOss(open_checkpoint(tiny_path), get_ops("cpu"))

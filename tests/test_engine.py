@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from fixtures import LAYOUTS
 from numpy.typing import NDArray
 
 from gptoss_lite.cache import Pages
@@ -132,12 +132,12 @@ def test_a_full_cache_makes_the_youngest_step_back_and_changes_no_bit(
 
 
 @pytest.fixture(scope="module")
-def windowed() -> Callable[[int], GptOss]:
+def windowed(tiny_path: Path) -> Callable[[int], GptOss]:
     """The tiny network with another sliding window, on one thread."""
 
     @cache
     def load(window: int) -> GptOss:
-        checkpoint = open_checkpoint(LAYOUTS[0])
+        checkpoint = open_checkpoint(tiny_path)
         config = replace(checkpoint.config, sliding_window=window)
         return GptOss(replace(checkpoint, config=config), get_ops("cpu", 1))
 
