@@ -28,9 +28,6 @@ soak: dev  ## The tests that take minutes.
 	$(BIN)/pytest -m soak
 
 bench: dev  ## Kernel timings, each with its answer checked.
-	$(BIN)/pytest bench --benchmark-only
-
-bench: dev  ## Time the kernels.
 	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func
 
 clean:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptoss_lite.cli.options import EFFORTS, chat_options, decode, model_options, sampling_options
-from gptoss_lite.cli.printing import Printer
+from gptoss_lite.cli.printing import Printer, one_line
 from gptoss_lite.cli.progress import Loaded, Loader, stream
 from gptoss_lite.errors import GptOssError
 
@@ -39,7 +39,7 @@ class Session:
         self._options = options
         self._loaded = loaded
         self._engine = Engine(loaded[0], max_sequences=1)
-        self._messages: list[dict[str, str] | Message] = []
+        self.messages: list[dict[str, str] | Message] = []
 
     def answer(self, text: str) -> None:
         """Print the answer to a user's message; the turn joins the conversation if any answer has come."""
@@ -49,7 +49,7 @@ class Session:
         with _noted_interrupt() as interrupted:
             for event in stream(
                 self._loaded,
-                messages=[*self._messages, question],
+                messages=[*self.messages, question],
                 engine=self._engine,
                 interrupted=interrupted,
                 **self._options,
@@ -59,9 +59,9 @@ class Session:
                 turn = event.messages
         printer.finish()
         if turn:
-            self._messages += [question, *turn]
+            self.messages += [question, *turn]
         elif answer:
-            self._messages += [question, {"role": "assistant", "content": answer}]
+            self.messages += [question, {"role": "assistant", "content": answer}]
         else:
             click.echo("Note: stopped before the answer; the question is forgotten.", err=True)
 
@@ -73,26 +73,34 @@ class Session:
             case ["/help"]:
                 click.echo(HELP)
             case ["/reset"]:
-                self._messages.clear()
+                self.messages.clear()
             case ["/reasoning", effort] if effort in EFFORTS:
                 self._options["reasoning_effort"] = effort
+            case ["/reasoning", *_]:
+                _complain(f"/reasoning takes {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
             case ["/save", name]:
                 self.save(Path(os.path.expanduser(name)))
+            case ["/save"]:
+                _complain("/save takes the name of a file")
             case _:
                 _complain(f"{line!r} is no command: /help lists them")
         return True
 
     def save(self, path: Path) -> None:
         """Write the messages as JSON lines; the file appears whole or not at all."""
-        partial = Path(f"{path}.{os.getpid()}.partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(_plain(message))}\n" for message in self._messages)
-            partial.replace(path)
-        except OSError as error:
-            _complain(f"{path}: cannot be written: {error.strerror}")
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            path = path.resolve()  # a link stays one
+            if path.exists() and not path.is_file():
+                raise OSError(0, "not a file")
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            try:
+                lines = (f"{json.dumps(_plain(message))}\n" for message in self.messages)
+                partial.write_text("".join(lines), encoding="utf-8")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            _complain(f"{path}: cannot be written: {getattr(error, 'strerror', error)}")
 
 
 def _plain(message: "dict[str, str] | Message") -> dict[str, str]:
@@ -115,14 +123,16 @@ def _noted_interrupt() -> Iterator[Event]:
 
 
 def _complain(error: object) -> None:
-    click.echo(f"Error: {error}", err=True)
+    click.echo(f"Error: {one_line(str(error))}", err=True)
 
 
 def _read_line(typed: bool) -> str | None:
     """Return the next line, typed at a prompt or piped in; None after the last."""
     if typed:
         try:
-            return input("> ")
+            typed_line = input("> ")
+            typed_line.encode()  # raises what `chat` tells of a line that is not UTF-8
+            return typed_line
         except EOFError:
             click.echo()
             return None
@@ -160,4 +170,4 @@ def chat(load_model: Loader, turn: "GenerateOptions", choice: "GenerateOptions")
         except UnicodeError:
             _complain("the line is not UTF-8")
         except GptOssError as error:
-            _complain(error)
+            _complain(f"{error} (/reset forgets the conversation)" if session.messages else error)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gptoss_lite import __version__
+from gptoss_lite.cli.printing import one_line
 from gptoss_lite.errors import GptOssError
 
 COMMANDS = {
@@ -53,11 +54,12 @@ class LazyGroup(click.Group):
             _discard_output()
             raise click.exceptions.Exit(CLOSED_PIPE) from None
         except (GptOssError, MemoryError) as error:
-            raise click.ClickException(str(error) or "out of memory") from error
+            raise click.ClickException(one_line(str(error) or "out of memory")) from error
         except OSError as error:
             _discard_output()
             what = error.strerror or str(error)
-            raise click.ClickException(f"{error.filename}: {what}" if error.filename else what) from error
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(one_line(f"{where}{what}")) from error
 
 
 def _discard_output() -> None:

@@ -73,6 +73,8 @@ def _turn(reasoning: str | None, instructions: str | None, date: datetime | None
 
 
 def _choice(max_tokens: int | None, stop: tuple[str, ...], **sampling: Any) -> dict[str, Any]:
+    if "" in stop:
+        raise click.UsageError("--stop is empty: give a text")
     try:
         return {"max_tokens": max_tokens, "stop": stop, "sampling": gl.SamplingParams(**sampling)}
     except RequestError as error:

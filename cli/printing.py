@@ -14,9 +14,18 @@ _VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) i
 _VISIBLE |= {ord("\r"): None, 0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
+LONGEST_LINE = 600
+
+
 def printable(text: str) -> str:
     """Return text that a terminal only shows: each control character but tab and line feed has a stand-in."""
     return text.translate(_VISIBLE)
+
+
+def one_line(text: str) -> str:
+    """Return an error's text as one line that only shows: names in it may come from a stranger's file."""
+    line = printable(text.replace("\n", "\u2424"))
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
 class Printer:

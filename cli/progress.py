@@ -37,7 +37,7 @@ class Bar:
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if sys.stderr and sys.stderr.isatty():
             self._timer.start()
         return self
 
@@ -66,10 +66,10 @@ class Bar:
         count = DownloadColumn(binary_units=True) if self._bytes_counted else MofNCompleteColumn()
         columns = TextColumn("{task.description}"), BarColumn(), count
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        bar.add_task(self._label)
+        done, total = self._state
+        bar.add_task(self._label, completed=done, total=total)
         bar.start()
         self._bar = bar
-        self.advance(*self._state)
 
 
 def load(model: str, device: str, threads: int | None) -> "Loaded":

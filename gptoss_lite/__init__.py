@@ -1,4 +1,4 @@
-"""Run OpenAI's gpt-oss models from packed weights, on NVIDIA GPUs and CPUs, without PyTorch."""
+"""Run OpenAI's gpt-oss models from packed weights, without PyTorch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

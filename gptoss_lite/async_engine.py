@@ -20,6 +20,10 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(
+                f"AsyncEngine(Engine(model)) is meant, not AsyncEngine of a {type(engine).__name__}"
+            )
         if engine.has_work:
             raise RequestError("the engine has requests under way: give one that is idle")
         self._engine = engine

@@ -33,8 +33,10 @@ class BlockPool:
     """Counts the users of each block of one attention kind; knows nothing of what the blocks hold."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._users = [0] * num_blocks
+        self._fresh = iter(range(num_blocks))  # never taken yet
+        self._untaken = num_blocks
+        self._free: list[int] = []
+        self._users: dict[int, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         # Known blocks without users, oldest first; those unlikely to be asked for again go first.
@@ -43,16 +45,18 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that can be taken now."""
-        return len(self._free) + sum(map(len, self._idle))
+        return self._untaken + len(self._free) + sum(map(len, self._idle))
 
     def take(self) -> int:
-        """Take a block for new tokens, forgetting the one longest idle if none is free."""
-        if not self._free:
-            idle = self._idle[0] or self._idle[1]
-            block, _ = idle.popitem(last=False)
+        """Take a block for new tokens, forgetting the one longest idle if no other is left."""
+        if self._free:
+            block = self._free.pop()
+        elif self._untaken:
+            block = next(self._fresh)
+            self._untaken -= 1
+        else:
+            block, _ = (self._idle[0] or self._idle[1]).popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]
-            self._free.append(block)
-        block = self._free.pop()
         self._users[block] = 1
         return block
 
@@ -93,7 +97,7 @@ class Pages:
         self.sliding: list[int] = []  # entries before `_slid` were given back; their ids mean nothing
         self._slid = 0
         self._hashes: list[bytes] = []
-        self._keep_from = 0
+        self._branch = range(0)  # the sliding blocks that the query after the prompt sees
         self.length = 0  # tokens whose keys and values are stored
 
     def _first_visible(self, position: int) -> int:
@@ -130,8 +134,8 @@ class Pages:
             self.sliding.append(block)
         self._hashes = hashes[:known]
         self.length = known * BLOCK_TOKENS
-        # The last window before the prompt's end is where a conversation's next turn will branch off.
-        self._keep_from = self._first_visible(len(tokens))
+        # Where the prompt ends, a conversation's next turn will branch off: without this turn's reasoning.
+        self._branch = range(self._first_visible(len(tokens)), len(tokens) // BLOCK_TOKENS)
         return self.length
 
     def missing(self, count: int) -> int:
@@ -160,7 +164,7 @@ class Pages:
             full.name(self.full[index], name)
             sliding.name(self.sliding[index], name)
         for index in range(self._slid, self._first_visible(self.length)):
-            sliding.drop(self.sliding[index], likely=index >= self._keep_from)
+            sliding.drop(self.sliding[index], likely=index in self._branch)
         self._slid = max(self._slid, self._first_visible(self.length))
 
     def release(self) -> None:

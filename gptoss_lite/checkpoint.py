@@ -133,7 +133,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError, naming file, tensor or key, where what the model needs is missing or malformed.
     """
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.fspath(path) or not os.path.isdir(directory):  # unlike Path's, it takes any string
         raise CheckpointError(f"{directory} is not a directory: give the one that holds config.json")
     config = ModelConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
     stored = _read_directory(directory)

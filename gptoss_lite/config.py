@@ -152,8 +152,8 @@ def _huggingface_rope(top: _Section) -> RopeConfig:
     rope = top.section("rope_scaling") or top.section("rope_parameters") or _Section({}, top.source)
     theta = (rope if "rope_theta" in rope.values else top).number("rope_theta", 2.0, 1e12)
     key = "type" if "type" in rope.values and "rope_type" not in rope.values else "rope_type"
-    kind = rope.values.get(key, "default")
-    if kind == "default":
+    kind = rope.values.get(key)
+    if kind == "default" or (kind is None and "factor" not in rope.values):
         context = top.integer("max_position_embeddings", 1, _MAX_POSITION)
         return RopeConfig(theta, 1.0, context, 32.0, 1.0, True)
     if kind != "yarn":

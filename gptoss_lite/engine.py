@@ -181,9 +181,7 @@ class Engine:
         while not sequence.pages.reserve(granted):
             youngest = self._running.pop()
             youngest.pages.release()
-            youngest.scheduled = 0
             self._waiting.appendleft(youngest)
-            self._blocked = False
             if youngest is sequence:
                 return
         sequence.scheduled = granted

@@ -144,6 +144,8 @@ def batch_generate(
     """Generate from several prompts, or answer several chats, in shared batches; texts in the given order."""
     if (prompts is None) == (messages is None):
         raise RequestError("give either prompts or messages")
+    if isinstance(prompts, str):
+        raise RequestError("prompts is one text: give a list")
     prepared = [
         *(_prepare(tokenizer, prompt, None, options) for prompt in prompts or ()),
         *(_prepare(tokenizer, None, chat, options) for chat in messages or ()),
@@ -227,7 +229,9 @@ def _prepare(
         reader = TurnReader(tokenizer, stops)
     else:
         raise RequestError("give either a prompt or messages")
-    sampling: SamplingParams = given.get("sampling", SamplingParams())
+    sampling = given.get("sampling", SamplingParams())
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {sampling!r}: give SamplingParams(...)")
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     turn_ends = frozenset(tokenizer.special[name] for name in TURN_ENDS)
     own_stops = given.get("stop_token_ids", ())

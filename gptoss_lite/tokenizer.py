@@ -28,6 +28,11 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # tiktoken panics (StackOverflow in its regex engine) on a run of about a million white-space characters
 LONGEST_SPACE_RUN = 100_000
 
+# Letters, marks, digits, signs and white space of several scripts, one by one and in runs.
+_PROBE = (
+    "Once upon a  time, in 1234:\n\n\t d\u00e9j\u00e0-vu's (\u4f60\u597d) e\u0301 \u00bd_\U0001f642!! \r\n "
+)
+
 
 class Tokenizer:
     """Byte-pair tokenizer with harmony's special tokens, over ids 0 to `vocab_size` - 1.
@@ -64,15 +69,30 @@ class Tokenizer:
         try:
             text = Path(path).read_bytes().decode("utf-8")
             document = _parse_without_merges(text)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not sound JSON: {error}") from error
         try:
             pattern, ranks, special = _read_document(document)
             _check_ids(ranks, special, vocab_size)
-            return cls(pattern, ranks, special, vocab_size)
+            tokenizer = cls(pattern, ranks, special, vocab_size)
+            tokenizer._check_pattern()
+            return tokenizer
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             problem = str(error) if type(error) is ValueError else f"not a tokenizer file ({error!r})"
             raise CheckpointError(f"{path}: {problem}") from error
+
+    def _check_pattern(self) -> None:
+        """Raise ValueError if the pattern leaves out parts of a text, which would silently be lost."""
+        try:
+            kept = self.decode(self.encode(_PROBE)) == _PROBE
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # tiktoken panics on a pattern that matches nothing, past Exception
+            kept = False
+        if not kept:
+            raise ValueError("the pattern of pre_tokenizer does not cover every text")
 
     def encode(self, text: str) -> list[int]:
         """Encode ordinary text; the spelling of a special token in it is text like any other."""

@@ -102,7 +102,9 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
         raise CheckpointError(f"{path} is not a sound safetensors file: {reason[:200]}") from None
     metadata = header.pop("__metadata__", None) or {}
-    checksums = _checksums(path, metadata, set(header)) if metadata.get("format") == FORMAT else {}
+    # Either key makes it a file of ours, so that no single damaged bit can switch the checksums off.
+    ours = metadata.get("format") == FORMAT or "checksums" in metadata
+    checksums = _checksums(path, metadata, set(header)) if ours else {}
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]

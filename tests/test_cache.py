@@ -84,6 +84,26 @@ def test_a_hit_needs_the_sliding_blocks_of_its_last_window() -> None:
     assert full.available == 100
 
 
+def test_a_hit_always_leaves_a_token_to_compute() -> None:
+    full, sliding = BlockPool(20), BlockPool(20)
+    tokens = list(range(64))
+    first, again = pages(full, sliding), pages(full, sliding)
+    first.adopt_prefix(tokens)
+    fill(first, tokens, 64)
+    assert again.adopt_prefix(tokens) == 48
+
+
+def test_the_window_before_a_prompts_end_outlives_a_long_answer() -> None:
+    full, sliding = BlockPool(100), BlockPool(24)
+    prompt = list(range(320))
+    first = pages(full, sliding)
+    first.adopt_prefix(prompt)
+    fill(first, prompt, 16)
+    fill(first, prompt + list(range(1000, 1600)), 1)
+    first.release()
+    assert pages(full, sliding).adopt_prefix([*prompt, 7]) == 320
+
+
 class TestPagesNeverLoseABlock:
     """Random requests over small pools: every block is held, free or idle, and all come back."""
 

@@ -447,3 +447,46 @@ def test_interrupt_stops_a_prompt_that_is_being_read(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(gl, "stream_generate", reading)
     assert list(stream((None, None), "x", interrupted=interrupted)) == []  # type: ignore[arg-type]
+
+
+def test_save_follows_links_and_leaves_alone_what_is_no_file(script: Script, tmp_path: Path) -> None:
+    target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(fifo)
+    script.answers = [answer("r", "Hi!")]
+    lines = "Hello", f"/save {link}", f"/save {fifo}", "/save a\0b", "/save", "/reasoning much", "/exit"
+    result = run("chat", stdin="\n".join(lines))
+    assert link.is_symlink() and "Hi!" in target.read_text()
+    assert fifo.is_fifo()
+    assert result.exit_code == 0
+    assert len(result.stderr.splitlines()) == 4
+    for text in ("not a file", "null byte", "/save takes", "/reasoning takes"):
+        assert text in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link", "target"]
+
+
+def test_an_error_is_one_short_line_whatever_names_are_in_it(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise gl.CheckpointError("tensor \x1b]0;owned\x07\nError: fake" + "x" * 5000)
+
+    monkeypatch.setattr(gl, "load", load)
+    result = run("generate", "Hi")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+    assert len(result.stderr) < 700
+
+
+def test_an_empty_stop_is_a_usage_error(script: Script) -> None:
+    assert run("generate", "Hi", "--stop=").exit_code == 2
+
+
+def test_a_closed_standard_error_does_not_matter() -> None:
+    code = "import os; os.close(2); " + COMMAND[2]
+    arguments = ["generate", "--raw", "Once", "--max-tokens", "3", *REFERENCE[:4]]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout

@@ -1,8 +1,10 @@
 """From messages and prompts to text: the public functions over the bundled model."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,6 +346,7 @@ def test_closing_the_iterator_frees_the_engine(demo: tuple[GptOss, Tokenizer]) -
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "stop_token_ids": ["x"]}, "stop_token_ids"),
         ({"prompt": "a", "stop_token_ids": 5}, "stop_token_ids"),
+        ({"prompt": "a", "sampling": {"temperature": 0}}, "SamplingParams"),
         ({"messages": ASK, "date": "2026-99-99"}, "date"),
         ({"messages": ASK, "date": 5}, "date"),
         ({"messages": ASK, "instructions": 5}, "instructions"),
@@ -354,6 +357,25 @@ def test_what_cannot_be_served(
 ) -> None:
     with pytest.raises(gl.RequestError, match=message):
         gl.generate(*demo, **arguments)  # type: ignore[arg-type]
+
+
+def test_damage_is_found_while_loading(tmp_path: Path) -> None:
+    copy = shutil.copytree(Path(gl.__file__).parent / "demo", tmp_path / "demo")
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-12345] ^= 4
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(gl.CheckpointError, match="is damaged: its checksum"):
+        gl.load_model(copy, device="cpu")
+
+
+def test_an_engine_is_what_tasks_share(demo: tuple[GptOss, Tokenizer]) -> None:
+    with pytest.raises(TypeError, match="Engine"):
+        gl.AsyncEngine(demo[0])  # type: ignore[arg-type]
+
+
+def test_prompts_must_be_several(demo: tuple[GptOss, Tokenizer]) -> None:
+    with pytest.raises(gl.RequestError, match="give a list"):
+        gl.batch_generate(*demo, "abc")
 
 
 def test_an_unknown_option_is_named(demo: tuple[GptOss, Tokenizer]) -> None:

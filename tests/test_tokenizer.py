@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptoss_lite
 from gptoss_lite import vocab
 from gptoss_lite.errors import CheckpointError
 from gptoss_lite.tokenizer import EMBEDDED_VOCAB_SIZE, HARMONY_TOKENS, Tokenizer, load_tokenizer
@@ -254,10 +255,27 @@ def test_a_garbled_file_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_cut_off_or_missing_file_is_refused(small: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, small)
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="not sound JSON"):
         Tokenizer.from_file(path, 300)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="not sound JSON"):
         Tokenizer.from_file(path, 300)
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         Tokenizer.from_file(tmp_path / "absent.json", 300)
+
+
+@pytest.mark.parametrize("pattern", ["", "(?i)", "a", "(?=x)", r"\p{L}+"])
+def test_a_pattern_that_would_lose_text_is_refused(tmp_path: Path, pattern: str) -> None:
+    document = json.loads((Path(gptoss_lite.__file__).parent / "demo" / "tokenizer.json").read_text("utf-8"))
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="does not cover"):
+        Tokenizer.from_file(path, 4096)
+
+
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not sound JSON"):
+        Tokenizer.from_file(path, 4096)
