@@ -21,9 +21,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(engine, Engine):
-            raise TypeError(
-                f"AsyncEngine(Engine(model)) is meant, not AsyncEngine of a {type(engine).__name__}"
-            )
+            raise TypeError(f"engine is a {type(engine).__name__}: give an Engine, as Engine(model)")
         if engine.has_work:
             raise RequestError("the engine has requests under way: give one that is idle")
         self._engine = engine
