@@ -27,10 +27,10 @@ def swiglu(x: Array, bias: Array, expert: Array, limit: float, y: Array) -> None
 
     x float32 (R, 2 I), bias float32 (E, 2 I), expert int32 (R,) whose bias each row takes, y float32 (R, I).
     """
-    R, I = y.shape  # noqa: E741  the paper's letter
+    R, inner = y.shape
     top = np.float32(limit)
     for r in prange(R):
-        for i in range(I):
+        for i in range(inner):
             gate = min(x[r, 2 * i] + bias[expert[r], 2 * i], top)
             up = max(min(x[r, 2 * i + 1] + bias[expert[r], 2 * i + 1], top), -top)
             sigmoid = np.float32(1.0 / (1.0 + math.exp(np.float32(-1.702) * gate)))
