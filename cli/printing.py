@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 _VISIBLE: dict[int, int | None] = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _VISIBLE |= {ord("\r"): None, 0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
-
-LONGEST_LINE = 600
+LONGEST_LINE = 600  # of an error, in characters
 
 
 def printable(text: str) -> str:

@@ -33,8 +33,8 @@ class BlockPool:
     """Counts the users of each block of one attention kind; knows nothing of what the blocks hold."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._fresh = iter(range(num_blocks))  # never taken yet
-        self._untaken = num_blocks
+        self._num_blocks = num_blocks
+        self._next = 0  # ids from here on were never taken
         self._free: list[int] = []
         self._users: dict[int, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -45,30 +45,31 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that can be taken now."""
-        return self._untaken + len(self._free) + sum(map(len, self._idle))
+        return self._num_blocks - self._next + len(self._free) + sum(map(len, self._idle))
 
     def take(self) -> int:
         """Take a block for new tokens, forgetting the one longest idle if no other is left."""
         if self._free:
             block = self._free.pop()
-        elif self._untaken:
-            block = next(self._fresh)
-            self._untaken -= 1
+        elif self._next < self._num_blocks:
+            block = self._next
+            self._next += 1
         else:
             block, _ = (self._idle[0] or self._idle[1]).popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]
         self._users[block] = 1
         return block
 
-    def find(self, name: bytes) -> int | None:
-        """Look up a known block without taking it."""
-        return self._block_of.get(name)
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._block_of
 
-    def share(self, block: int) -> None:
-        """Add a user to a block that `find` returned."""
+    def share(self, name: bytes) -> int:
+        """Add a user to a known block and return it."""
+        block = self._block_of[name]
         self._users[block] += 1
         for idle in self._idle:
             idle.pop(block, None)
+        return block
 
     def name(self, block: int, name: bytes) -> None:
         """Make a completed block known; of two with the same content the first stays the known one."""
@@ -97,12 +98,16 @@ class Pages:
         self.sliding: list[int] = []  # entries before `_slid` were given back; their ids mean nothing
         self._slid = 0
         self._hashes: list[bytes] = []
-        self._branch = range(0)  # the sliding blocks that the query after the prompt sees
+        self._branch = range(0)  # sliding blocks worth keeping for the next turn
         self.length = 0  # tokens whose keys and values are stored
 
     def _first_visible(self, position: int) -> int:
         """The first sliding block that a query at `position` can see."""
         return max(0, position - self._window + 1) // BLOCK_TOKENS
+
+    def _window_before(self, end: int) -> range:
+        """The sliding blocks that a hit of `end` full blocks needs."""
+        return range(self._first_visible(end * BLOCK_TOKENS), end)
 
     def adopt_prefix(self, tokens: Sequence[int]) -> int:
         """Share the longest known beginning of `tokens`, always leaving one to compute; returns its length.
@@ -113,29 +118,17 @@ class Pages:
         hashes: list[bytes] = []
         for start in range(0, len(tokens) - BLOCK_TOKENS, BLOCK_TOKENS):
             name = block_hash(hashes[-1] if hashes else b"", tokens[start : start + BLOCK_TOKENS])
-            if full.find(name) is None:
+            if name not in full:
                 break
             hashes.append(name)
-        known = len(hashes)
-        while known and any(
-            sliding.find(name) is None for name in hashes[self._first_visible(known * BLOCK_TOKENS) : known]
-        ):
-            known -= 1
-        self._slid = self._first_visible(known * BLOCK_TOKENS)
-        for index, name in enumerate(hashes[:known]):
-            block = full.find(name)
-            assert block is not None
-            full.share(block)
-            self.full.append(block)
-            block = sliding.find(name) if index >= self._slid else 0
-            assert block is not None
-            if index >= self._slid:
-                sliding.share(block)
-            self.sliding.append(block)
-        self._hashes = hashes[:known]
-        self.length = known * BLOCK_TOKENS
+        while not all(hashes[index] in sliding for index in self._window_before(len(hashes))):
+            hashes.pop()
+        window = self._window_before(len(hashes))
+        self.full = [full.share(name) for name in hashes]
+        self.sliding = [0] * window.start + [sliding.share(hashes[index]) for index in window]
+        self._slid, self._hashes, self.length = window.start, hashes, len(hashes) * BLOCK_TOKENS
         # Where the prompt ends, a conversation's next turn will branch off: without this turn's reasoning.
-        self._branch = range(self._first_visible(len(tokens)), len(tokens) // BLOCK_TOKENS)
+        self._branch = self._window_before(len(tokens) // BLOCK_TOKENS)
         return self.length
 
     def missing(self, count: int) -> int:

@@ -14,7 +14,7 @@ from gptoss_lite.errors import RequestError
 from gptoss_lite.ops.base import Array, Linear, Norm, Ops
 from gptoss_lite.rope import rope_tables, yarn_inv_freq
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # how much is done, of how much
 PREFILL_TOKENS = 512  # tokens computed at a time: bounds what a long prompt needs besides its cache
 
 
