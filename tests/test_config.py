@@ -161,6 +161,7 @@ BAD: list[tuple[str, Any]] = [
         ("rope_theta", value)
         for value in (MISSING, 0, 1, -5, float("nan"), float("inf"), 10**400, "150000", True)
     ),
+    ("rope_scaling.rope_type", MISSING),  # a factor is there, and would silently count for nothing
     *(("rope_scaling.factor", value) for value in (MISSING, 0, 0.5, -1, float("nan"), float("inf"), "32")),
     *(("rope_scaling.original_max_position_embeddings", value) for value in (MISSING, 0, -1, 4096.5, 2**31)),
     ("rope_scaling.beta_fast", 0),
