@@ -148,15 +148,11 @@ class Engine:
         scheduled = self._schedule()
         if not scheduled:
             return []
-        logits = self.model(self._batch(scheduled), self._cache)
-        events = []
-        rows = iter(logits)
+        drawing = [sequence for sequence in scheduled if sequence.scheduled == sequence.pending]
+        finish = self.model.begin(self._batch(scheduled), self._cache, list(map(_draw, drawing)))
         for sequence in scheduled:
-            sampling = sequence.scheduled == sequence.pending
             sequence.pages.advance(sequence.tokens, sequence.scheduled)
-            if sampling:
-                events.append(self._sample(sequence, next(rows)))
-        return events
+        return [self._accept(*pair) for pair in zip(drawing, finish(), strict=True)]
 
     def _schedule(self) -> list[_Sequence]:
         """Choose how many tokens each request computes: answers first, then prompts, oldest first."""
@@ -218,15 +214,12 @@ class Engine:
             rows=query_start[1:][done] - 1,
         )
 
-    def _sample(self, sequence: _Sequence, logits: Array) -> TokenEvent:
+    def _accept(self, sequence: _Sequence, sampled: Sampled | Exception) -> TokenEvent:
         request = sequence.request
         counts = len(request.tokens), sequence.cached_tokens or 0
-        draw = Draw(request.sampling, request.seed, 0, sequence.tokens, len(request.tokens))
-        try:
-            [sampled] = self.model.ops.sample(logits[None], [draw])
-        except Exception as error:  # a request's own logits processor, say: the others must not suffer
+        if isinstance(sampled, Exception):
             self._remove(sequence)
-            return TokenEvent(sequence.id, None, *counts, "error", error)
+            return TokenEvent(sequence.id, None, *counts, "error", sampled)
         sequence.tokens.append(sampled.token)
         reason: FinishReason | None = None
         if sampled.token in request.stop_token_ids:
@@ -244,6 +237,11 @@ class Engine:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
+
+
+def _draw(sequence: _Sequence) -> Draw:
+    request = sequence.request
+    return Draw(request.sampling, request.seed, 0, sequence.tokens, len(request.tokens))
 
 
 def _table(rows: list[list[int]]) -> Array:

@@ -1,5 +1,6 @@
 """The gpt-oss network, top to bottom: each class holds its weights and says what it computes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,8 +12,9 @@ from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
-from gptoss_lite.ops.base import Array, Linear, Norm, Ops
-from gptoss_lite.rope import rope_tables, yarn_inv_freq
+from gptoss_lite.ops.base import Array, Linear, Norm, Ops, Pending, Use
+from gptoss_lite.rope import yarn
+from gptoss_lite.sampling import Draw
 
 Progress = Callable[[int, int], None]  # how much is done, of how much
 PREFILL_TOKENS = 512  # tokens computed at a time: bounds what a long prompt needs besides its cache
@@ -34,17 +36,22 @@ class WeightReader:
         return tensor
 
     def vector(self, name: str) -> Array:
-        """Read what is small and wanted exactly: norms, biases, sinks; float32."""
+        """Read what is small and wanted exactly, on the host: float32."""
         vector: Array = self.raw(name).astype(np.float32)
         return vector
 
-    def matrix(self, name: str) -> Any:
-        """Read a weight in the backend's own form."""
-        return self.ops.prepare(self.raw(name))
+    def norm(self, name: str, eps: float) -> tuple[Norm, float]:
+        """Read a norm, and how large what it returns can become: sqrt(hidden) times its largest weight."""
+        weight = self.vector(name)
+        return Norm(self.ops.vector(weight), eps), math.sqrt(len(weight)) * float(np.abs(weight).max())
 
-    def linear(self, weight: str, bias: str) -> Linear:
+    def matrix(self, name: str, use: Use) -> Any:
+        """Read a weight in the backend's own form."""
+        return self.ops.prepare(self.raw(name), use)
+
+    def linear(self, weight: str, bias: str, use: Use) -> Linear:
         """Read a weight with its bias."""
-        return Linear(self.matrix(weight), self.vector(bias))
+        return Linear(self.matrix(weight, use), self.ops.vector(self.vector(bias)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +67,31 @@ class Attention:
     @classmethod
     def load(cls, read: WeightReader, config: ModelConfig, layer: int) -> Self:
         """Read layer N's attention; the three input projections become one."""
-        prefix = f"model.layers.{layer}"
+        prefix, ops = f"model.layers.{layer}", read.ops
         parts = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
         out = f"{prefix}.self_attn.o_proj"
-        weight = np.concatenate([read.raw(f"{part}.weight") for part in parts])
-        bias = np.concatenate([read.vector(f"{part}.bias") for part in parts])
+        norm, reach = read.norm(f"{prefix}.input_layernorm.weight", config.rms_norm_eps)
+        weights = [read.raw(f"{part}.weight") for part in parts]
+        biases = [read.vector(f"{part}.bias") for part in parts]
+        # Attention averages values, so none of its results is larger than the largest of them can be.
+        value_rows = np.linalg.norm(weights[2].astype(np.float32), axis=1)
+        value_reach = float((value_rows * reach + np.abs(biases[2])).max())
         sliding = config.layer_types[layer] == "sliding_attention"
         return cls(
-            norm=Norm(read.vector(f"{prefix}.input_layernorm.weight"), config.rms_norm_eps),
-            qkv=Linear(read.ops.prepare(weight), bias),
-            out=read.linear(f"{out}.weight", f"{out}.bias"),
-            sinks=read.vector(f"{prefix}.self_attn.sinks"),
+            norm=norm,
+            qkv=Linear(
+                ops.prepare(np.concatenate(weights), Use("qkv", layer, reach)),
+                ops.vector(np.concatenate(biases)),
+            ),
+            out=read.linear(f"{out}.weight", f"{out}.bias", Use("out", layer, value_reach)),
+            sinks=ops.vector(read.vector(f"{prefix}.self_attn.sinks")),
             window=config.sliding_window if sliding else None,
         )
 
-    def __call__(
-        self, ops: Ops, x: Array, rope: tuple[Array, Array], cache: KVCache, layer: int, batch: Batch
-    ) -> Array:
+    def __call__(self, ops: Ops, x: Array, rotation: Any, cache: KVCache, layer: int, batch: Batch) -> Array:
         """Compute x (T, hidden) -> x with attention added."""
         table = batch.full_table if self.window is None else batch.sliding_table
-        q = ops.qkv(x, self.norm, self.qkv, rope, cache, layer, table, batch)
+        q = ops.qkv(x, self.norm, self.qkv, rotation, cache, layer, table, batch)
         a = ops.attention(q, cache, layer, table, batch, self.sinks, self.window)
         return ops.out_proj(a, self.out, x)
 
@@ -99,14 +111,17 @@ class Experts:
     def load(cls, read: WeightReader, config: ModelConfig, layer: int) -> Self:
         """Read layer N's router and experts, packed where the checkpoint has them packed."""
         prefix = f"model.layers.{layer}"
-        experts = f"{prefix}.mlp.experts"
+        router, experts = f"{prefix}.mlp.router", f"{prefix}.mlp.experts"
+        gate_up, down, limit = f"{experts}.gate_up_proj", f"{experts}.down_proj", config.swiglu_limit
+        norm, reach = read.norm(f"{prefix}.post_attention_layernorm.weight", config.rms_norm_eps)
+        inner_reach = limit * (limit + 1)  # a gate of at most `limit` times an up of at most `limit`, plus 1
         return cls(
-            norm=Norm(read.vector(f"{prefix}.post_attention_layernorm.weight"), config.rms_norm_eps),
-            router=read.linear(f"{prefix}.mlp.router.weight", f"{prefix}.mlp.router.bias"),
-            gate_up=read.linear(f"{experts}.gate_up_proj", f"{experts}.gate_up_proj_bias"),
-            down=read.linear(f"{experts}.down_proj", f"{experts}.down_proj_bias"),
+            norm=norm,
+            router=read.linear(f"{router}.weight", f"{router}.bias", Use("router", layer, reach)),
+            gate_up=read.linear(gate_up, f"{gate_up}_bias", Use("gate_up", layer, reach)),
+            down=read.linear(down, f"{down}_bias", Use("down", layer, inner_reach)),
             num_experts_per_tok=config.num_experts_per_tok,
-            limit=config.swiglu_limit,
+            limit=limit,
         )
 
     def __call__(self, ops: Ops, x: Array) -> Array:
@@ -147,22 +162,29 @@ class GptOss:
         read = WeightReader(checkpoint, ops, note)
         self.config = config = checkpoint.config
         self.ops = ops
-        self.inv_freq, self.concentration = yarn_inv_freq(config.rope, config.head_dim)
-        self.embedding = read.matrix("model.embed_tokens.weight")
+        self.rope = yarn(config.rope, config.head_dim)
+        self.embedding = read.matrix("model.embed_tokens.weight", Use("embedding"))
         self.layers = [Block.load(read, config, layer) for layer in range(config.num_hidden_layers)]
-        self.norm = Norm(read.vector("model.norm.weight"), config.rms_norm_eps)
-        self.lm_head = Linear(self.embedding if config.tie_word_embeddings else read.matrix("lm_head.weight"))
+        self.norm, reach = read.norm("model.norm.weight", config.rms_norm_eps)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = Linear(read.matrix(head, Use("lm_head", reach=reach)))
+
+    def network(self, batch: Batch, cache: KVCache) -> Any:
+        """Compute one ragged batch in the backend's own form: appends to the cache, returns logits."""
+        ops = self.ops
+        x, rotation = ops.embed(self.embedding, self.rope, batch)
+        for layer, block in enumerate(self.layers):
+            x = block.attention(ops, x, rotation, cache, layer, batch)
+            x = block.experts(ops, x)
+        return ops.logits(x, self.norm, self.lm_head, batch.rows)
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         """Compute one ragged batch: appends to the cache, returns logits float32 (R, vocab_size)."""
-        ops = self.ops
-        with ops.running():
-            rope = rope_tables(self.inv_freq, self.concentration, batch.positions)
-            x = ops.embed(self.embedding, batch.tokens)
-            for layer, block in enumerate(self.layers):
-                x = block.attention(ops, x, rope, cache, layer, batch)
-                x = block.experts(ops, x)
-            return ops.logits(x, self.norm, self.lm_head, batch.rows)
+        return self.ops.run(self.network, batch, cache)
+
+    def begin(self, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
+        """Begin one ragged batch and the drawing of a token for each of its rows; see Ops.begin."""
+        return self.ops.begin(self.network, batch, cache, draws)
 
     def logits(self, tokens: Sequence[int], last: int | None = None) -> Array:
         """Compute next-token logits of a prompt with a fresh cache.

@@ -244,6 +244,20 @@ def sample(logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_a
     return [_sample(row, draw, argmax) for row, draw in zip(logits, draws, strict=True)]
 
 
+def sample_each(
+    logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax
+) -> list[Sampled | Exception]:
+    """Draw as `sample` does; a draw that fails has its exception in its place, and the others go on."""
+
+    def attempt(row: Array, draw: Draw) -> Sampled | Exception:
+        try:
+            return _sample(row, draw, argmax)
+        except Exception as error:  # a request's own logits processor may raise anything
+            return error
+
+    return [attempt(row, draw) for row, draw in zip(logits, draws, strict=True)]
+
+
 def _sample(logits: Array, draw: Draw, argmax: GumbelArgmax) -> Sampled:
     params = draw.params
     if not np.isfinite(best := logits.max()):  # NaN if any logit is

@@ -12,9 +12,10 @@ from gptoss_lite.batch import Batch
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cpu import linear
-from gptoss_lite.ops import Linear, Norm, Ops, get_ops
+from gptoss_lite.ops import Linear, Norm, Ops, Use, get_ops
 from gptoss_lite.quant import MXFP4Tensor, quantize
 from gptoss_lite.quant.mxfp4 import E2M1
+from gptoss_lite.rope import yarn
 
 HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, HEAD_DIM, EXPERTS = 160, 96, 6, 2, 64, 8
 CONFIG = ModelConfig.from_dict(
@@ -58,6 +59,8 @@ def cpu() -> Ops:
 
 
 BF16 = ml_dtypes.bfloat16
+PLAIN = Use("lm_head")
+ROPE = yarn(CONFIG.rope, HEAD_DIM)
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
@@ -66,14 +69,17 @@ def test_products_of_dense_weights(spec: Ops, cpu: Ops, dtype: type) -> None:
     weight: NDArray[Any] = normal(101, HIDDEN).astype(dtype)
     rows = np.array([0, 3, 4], np.int32)
     want = spec.logits(x, norm, Linear(weight), rows)
-    got = cpu.logits(x, norm, Linear(cpu.prepare(weight)), rows)
+    got = cpu.logits(x, norm, Linear(cpu.prepare(weight, PLAIN)), rows)
     # float32 sums in another order
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
 def test_embeddings_are_exact(spec: Ops, cpu: Ops) -> None:
-    table, tokens = normal(101, HIDDEN).astype(BF16), np.array([0, 100, 7, 7], np.int32)
-    np.testing.assert_array_equal(cpu.embed(cpu.prepare(table), tokens), spec.embed(table, tokens))
+    table, step = normal(101, HIDDEN).astype(BF16), batch((0, 4), (7, 9))
+    want, (cos, sin) = spec.embed(table, ROPE, step)
+    got, rotation = cpu.embed(cpu.prepare(table, PLAIN), ROPE, step)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(rotation, (cos, sin))
 
 
 def test_router_breaks_ties_by_index(spec: Ops, cpu: Ops) -> None:
@@ -82,7 +88,7 @@ def test_router_breaks_ties_by_index(spec: Ops, cpu: Ops) -> None:
     weight[6] = weight[1]
     router = Linear(weight, np.zeros(EXPERTS, np.float32))
     h, ids, weights = spec.route(x, norm, router, 4)
-    got_h, got_ids, got_weights = cpu.route(x, norm, replace(router, weight=cpu.prepare(weight)), 4)
+    got_h, got_ids, got_weights = cpu.route(x, norm, replace(router, weight=cpu.prepare(weight, PLAIN)), 4)
     np.testing.assert_array_equal(got_ids, ids)
     np.testing.assert_allclose(got_weights, weights, rtol=1e-5)
     np.testing.assert_allclose(got_h, h, rtol=1e-5, atol=1e-6)
@@ -105,7 +111,7 @@ def test_experts(spec: Ops, cpu: Ops, tokens: int, packed: bool) -> None:
     ids = np.stack([RNG.permutation(EXPERTS)[:4] for _ in range(tokens)]).astype(np.int32)
     weights = RNG.random((tokens, 4), np.float32)
     want = spec.experts(h, ids, weights, gate_up, down, 7.0, x)
-    gate_up, down = (replace(w, weight=cpu.prepare(w.weight)) for w in (gate_up, down))
+    gate_up, down = (replace(w, weight=cpu.prepare(w.weight, PLAIN)) for w in (gate_up, down))
     got = cpu.experts(h, ids, weights, gate_up, down, 7.0, x)
     # Pre-activations reach +-60 here, so that both clamps are at work; sums of 96 products up to 56 * 10.
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
@@ -133,7 +139,7 @@ def test_qkv_and_attention(spec: Ops, cpu: Ops, window: int | None, spans: list[
         return out
 
     want = attend(spec, w)
-    got = attend(cpu, replace(w, weight=cpu.prepare(w.weight)))
+    got = attend(cpu, replace(w, weight=cpu.prepare(w.weight, PLAIN)))
     # bf16 keys and values: 2^-9 relative on each of the terms of an average.
     np.testing.assert_allclose(got, want, rtol=0, atol=8e-3 * np.abs(want).max())
     assert got.shape == (len(x), HEADS, HEAD_DIM)
@@ -172,7 +178,7 @@ def test_scales_down_to_the_smallest_are_exact(scale: int) -> None:
 
 
 def test_no_rows_wanted_cost_no_reading(cpu: Ops) -> None:
-    norm, weight = Norm(normal(HIDDEN), 1e-5), cpu.prepare(normal(101, HIDDEN))
+    norm, weight = Norm(normal(HIDDEN), 1e-5), cpu.prepare(normal(101, HIDDEN), PLAIN)
     assert cpu.logits(normal(3, HIDDEN), norm, Linear(weight), np.empty(0, np.int32)).shape == (0, 101)
 
 

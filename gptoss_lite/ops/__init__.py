@@ -1,11 +1,11 @@
 """The operations a model is made of, and the choice of who carries them out."""
 
 from gptoss_lite.errors import DeviceError
-from gptoss_lite.ops.base import Linear, Norm, Ops
+from gptoss_lite.ops.base import Linear, Norm, Ops, Use
 
 DEVICES = ("auto", "cpu", "reference")
 
-__all__ = ["DEVICES", "Linear", "Norm", "Ops", "get_ops"]
+__all__ = ["DEVICES", "Linear", "Norm", "Ops", "Use", "get_ops"]
 
 
 def get_ops(device: str = "auto", threads: int | None = None) -> Ops:

@@ -1,10 +1,9 @@
 """The specification: each step of gpt-oss in plain float32 array code; backends override what is hot."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,12 @@ from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.quant import QTensor
-from gptoss_lite.sampling import Draw, Sampled, sample
+from gptoss_lite.rope import Rope, rope_tables
+from gptoss_lite.sampling import Draw, Sampled, sample_each
 
 Array = npt.NDArray[Any]
+Network: TypeAlias = Callable[[Any, KVCache], Any]  # a batch in the backend's own form -> logits of its rows
+Pending: TypeAlias = Callable[[], list[Sampled | Exception]]  # waits for a step's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,18 @@ class Linear:
     bias: Array | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a weight matrix is for, which decides the form a backend gives it.
+
+    layer: None outside the layers. reach: the largest magnitude of the activations that it multiplies.
+    """
+
+    kind: Literal["embedding", "qkv", "out", "router", "gate_up", "down", "lm_head"]
+    layer: int | None = None
+    reach: float = math.inf
+
+
 class Ops:
     """The reference backend: NumPy, float32, right rather than fast; subclasses override what is hot.
 
@@ -45,15 +59,29 @@ class Ops:
 
     name: ClassVar[str] = "reference"
     cache_dtype: ClassVar[Any] = np.float32
+    ahead: ClassVar[bool] = False  # whether a step may begin before the last one's tokens are known
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Enclose one forward pass."""
-        yield
+    def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
+        """Compute one forward pass -> logits float32 (R, vocab_size) of the batch's rows."""
+        logits: Array = network(batch, cache)
+        return logits
 
-    def prepare(self, tensor: Array | QTensor) -> Any:
+    def begin(self, network: Network, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
+        """Begin a forward pass and the drawing of a token for each of its rows.
+
+        What is returned waits for the tokens. A draw that fails has its exception in its place: the others
+        must not suffer.
+        """
+        drawn = self.sample(self.run(network, batch, cache), draws)
+        return lambda: drawn
+
+    def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Bring a weight matrix, or a stack of them, from the checkpoint's form into this backend's."""
         return tensor
+
+    def vector(self, values: Array) -> Any:
+        """Bring float32 norms, biases or sinks to the device."""
+        return values
 
     def new_cache(self, config: ModelConfig, full_blocks: int, sliding_blocks: int) -> KVCache:
         """Set aside keys and values for so many blocks of each kind of layer, or raise OutOfMemoryError."""
@@ -71,27 +99,26 @@ class Ops:
             ) from error
         return KVCache(keys, values)
 
-    def embed(self, table: Any, tokens: Array) -> Array:
-        """Look up tokens int32 (T,) -> x float32 (T, hidden)."""
-        rows: Array = table[tokens].astype(np.float32)
-        return rows
+    def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
+        """Look up the batch's tokens -> x float32 (T, hidden), and the rotation that `qkv` wants."""
+        return table[batch.tokens].astype(np.float32), rope_tables(rope, batch.positions)
 
     def qkv(
-        self, x: Array, norm: Norm, w: Linear, rope: tuple[Array, Array], cache: KVCache, layer: int,
+        self, x: Array, norm: Norm, w: Linear, rotation: Any, cache: KVCache, layer: int,
         table: Array, batch: Batch,
     ) -> Array:  # fmt: skip
         """Normalise, project, rotate; append keys and values to the cache; return queries (T, H, D).
 
-        w.weight ((H + 2 Hk) * D, hidden); rope cos and sin float32 (T, D/2); table int32 (S, blocks).
+        w.weight ((H + 2 Hk) * D, hidden); rotation: cos and sin float32 (T, D/2); table int32 (S, blocks).
         """
         keys, values = cache.keys[layer], cache.values[layer]
         Hk, _, D = keys.shape[1:]
         projected = _linear(_rms_norm(x, norm), w).reshape(len(x), -1, D)  # (T, H + 2 Hk, D)
         q, k, v = np.split(projected, [projected.shape[1] - 2 * Hk, projected.shape[1] - Hk], axis=1)
         blocks, slots = batch.slots(table)
-        keys[blocks, :, slots] = _rotate(k, *rope)
+        keys[blocks, :, slots] = _rotate(k, *rotation)
         values[blocks, :, slots] = v
-        return _rotate(q, *rope)
+        return _rotate(q, *rotation)
 
     def attention(
         self, q: Array, cache: KVCache, layer: int, table: Array, batch: Batch, sinks: Array,
@@ -153,9 +180,9 @@ class Ops:
         """Project the wanted rows int32 (R,) onto the vocabulary -> float32 (R, vocab_size)."""
         return _linear(_rms_norm(x[rows], norm), lm_head)
 
-    def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled]:
-        """Choose one token for each row of logits (S, vocab_size)."""
-        return sample(logits, draws)
+    def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
+        """Choose one token for each row of logits (R, vocab_size)."""
+        return sample_each(logits, draws)
 
 
 def _rms_norm(x: Array, norm: Norm) -> Array:

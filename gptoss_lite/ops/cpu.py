@@ -14,10 +14,11 @@ from gptoss_lite.batch import Batch
 from gptoss_lite.cache import KVCache
 from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cpu import attention, elementwise, linear, sampling
-from gptoss_lite.ops.base import Array, Linear, Norm, Ops
+from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use
 from gptoss_lite.quant import MXFP4Tensor, QTensor
 from gptoss_lite.quant.mxfp4 import E2M1
-from gptoss_lite.sampling import Draw, Sampled, sample
+from gptoss_lite.rope import Rope, rope_tables
+from gptoss_lite.sampling import Draw, Sampled, sample_each
 
 # Numba's fallback threading layer aborts the process when two threads enter it at once.
 _ONE_AT_A_TIME = threading.RLock()
@@ -45,13 +46,18 @@ class CPUOps(Ops):
         self.threads = threads or available
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Hold Numba's thread pool for one forward pass, at this backend's number of threads."""
+    def _threads(self) -> Iterator[None]:
+        """Hold Numba's thread pool, at this backend's number of threads."""
         with _ONE_AT_A_TIME:
             numba.set_num_threads(self.threads)
             yield
 
-    def prepare(self, tensor: Array | QTensor) -> Any:
+    def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
+        """See Ops.run."""
+        with self._threads():
+            return super().run(network, batch, cache)
+
+    def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Keep MXFP4 packed and bf16 as its bits; float16 becomes float32, which holds it exactly."""
         match tensor:
             case MXFP4Tensor():
@@ -62,13 +68,14 @@ class CPUOps(Ops):
                 return np.ascontiguousarray(tensor, np.float32).view(np.uint32)
         raise TypeError(f"no CPU kernel for {type(tensor).__name__}")
 
-    def embed(self, table: Array, tokens: Array) -> Array:
+    def embed(self, table: Array, rope: Rope, batch: Batch) -> tuple[Array, Any]:
         """See Ops.embed; the table holds the bits of bf16 or float32."""
         shift = 32 - 8 * table.itemsize
-        return (table[tokens].astype(np.uint32) << np.uint32(shift)).view(np.float32)
+        x = (table[batch.tokens].astype(np.uint32) << np.uint32(shift)).view(np.float32)
+        return x, rope_tables(rope, batch.positions)
 
     def qkv(
-        self, x: Array, norm: Norm, w: Linear, rope: tuple[Array, Array], cache: KVCache, layer: int,
+        self, x: Array, norm: Norm, w: Linear, rotation: Any, cache: KVCache, layer: int,
         table: Array, batch: Batch,
     ) -> Array:  # fmt: skip
         """See Ops.qkv."""
@@ -76,7 +83,8 @@ class CPUOps(Ops):
         Hk, _, D = keys.shape[1:]
         projected = _dense(_rms_norm(x, norm), w)
         q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), np.float32)
-        attention.rotate_and_append(projected, *rope, *batch.slots(table), q, keys, values)
+        cos, sin = rotation
+        attention.rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
         return q
 
     def attention(
@@ -128,10 +136,10 @@ class CPUOps(Ops):
         """See Ops.logits."""
         return _dense(_rms_norm(x[rows], norm), lm_head)
 
-    def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled]:
+    def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""
-        with self.running():
-            return sample(logits, draws, sampling.gumbel_argmax)
+        with self._threads():
+            return sample_each(logits, draws, sampling.gumbel_argmax)
 
 
 def _rms_norm(x: Array, norm: Norm) -> Array:
