@@ -48,6 +48,15 @@ def _read_biases(_ctx: click.Context, _param: click.Parameter, value: tuple[str,
     return biases
 
 
+def _read_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    from gptoss_lite.memory import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except RequestError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _bundle(
     argument: str, build: Callable[..., Any], **options: dict[str, Any]
 ) -> Callable[[Command], Command]:
@@ -86,10 +95,19 @@ model_options = _bundle(
     lambda **values: functools.partial(load, **values),
     model={"default": "demo", "help": "Checkpoint directory; the bundled `demo` by default."},
     device={
-        "type": click.Choice(["auto", "cpu", "reference"]),
+        "metavar": "auto|cpu|cuda[:N]|reference",
         "default": "auto",
         "show_default": True,
-        "help": "What computes; `reference` is plain NumPy, slow.",
+        "help": "What computes: `auto` takes a GPU if there is one; `reference` is plain NumPy, slow.",
+    },
+    device_memory={
+        "metavar": "SIZE",
+        "callback": _read_size,
+        "help": "Most memory to take of a GPU, 8GB say; all that is free by default.",
+    },
+    cache_tokens={
+        "type": click.IntRange(min=1),
+        "help": "Tokens to keep keys and values of; one context by default.",
     },
     threads={"type": click.IntRange(min=1), "help": "CPU threads; all by default."},
 )

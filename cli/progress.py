@@ -6,11 +6,14 @@ from contextlib import closing, suppress
 from threading import Event, Timer
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+import click
+
 import gptoss_lite as gl
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from gptoss_lite.memory import Plan
     from gptoss_lite.model import GptOss
     from gptoss_lite.stream import GenerationEvent
     from gptoss_lite.tokenizer import Tokenizer
@@ -72,10 +75,20 @@ class Bar:
         self._bar = bar
 
 
-def load(model: str, device: str, threads: int | None) -> "Loaded":
-    """Load a model and its tokenizer as `gptoss_lite.load` does, showing how far it is."""
+def load(model: str, device: str, **options: Any) -> "Loaded":
+    """Load a model and its tokenizer as `gptoss_lite.load` does, showing what goes where and how far it is.
+
+    What goes where on a GPU is told to a terminal, and to anyone where not all of it fits there.
+    """
+
+    def tell(plan: "Plan") -> None:
+        from gptoss_lite.memory import lines
+
+        if plan.host_layers or (sys.stderr is not None and sys.stderr.isatty()):
+            click.echo("\n".join(lines(plan)), err=True)
+
     with Bar(f"Loading {model}", bytes_counted=True) as bar:
-        return gl.load(model, device, threads=threads, progress=bar.advance)
+        return gl.load(model, device, **options, progress=bar.advance, planned=tell)
 
 
 def stream(

@@ -13,15 +13,38 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_lite.config import ModelConfig
+from gptoss_lite.errors import RequestError
+
 BLOCK_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class KVCache:
     """Keys and values of every layer, (block, key head, 16, head_dim) each, in the backend's own dtype."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
+
+
+def pool_blocks(
+    config: ModelConfig, cache_tokens: int, max_sequences: int, step_tokens: int
+) -> tuple[int, int]:
+    """Count the blocks of keys and values that an engine with these limits needs: full, sliding.
+
+    Raises RequestError for a limit below 1.
+    """
+    limits = {"max_sequences": max_sequences, "step_tokens": step_tokens, "cache_tokens": cache_tokens}
+    for name, limit in limits.items():
+        if type(limit) is not int or limit < 1:
+            raise RequestError(f"{name} is {limit!r}: give an integer of at least 1")
+    window = min(config.sliding_window, config.max_position_embeddings)
+    full_blocks = -(-cache_tokens // BLOCK_TOKENS)
+    # Room for every running request, and as much again for the windows at which known prefixes end; never
+    # more than the full layers have, for a sequence's sliding blocks are some of its full ones.
+    step_blocks = max(step_tokens, max_sequences) // BLOCK_TOKENS + 1
+    windows = max_sequences * (window // BLOCK_TOKENS + 2) + step_blocks
+    return full_blocks, min(2 * windows, full_blocks)
 
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

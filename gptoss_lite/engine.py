@@ -2,17 +2,17 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Literal
 
 import numpy as np
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import BLOCK_TOKENS, BlockPool, Pages
+from gptoss_lite.cache import BlockPool, Pages, pool_blocks
 from gptoss_lite.errors import RequestError
-from gptoss_lite.model import PREFILL_TOKENS, GptOss
-from gptoss_lite.ops.base import Array
+from gptoss_lite.model import GptOss
+from gptoss_lite.ops.base import Array, Pending
 from gptoss_lite.sampling import Draw, Sampled, SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
@@ -71,14 +71,22 @@ class _Sequence:
         return len(self.tokens) - self.pages.length
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch under way: the sequences that it draws a token for, in order, and what waits for the tokens."""
+
+    drawing: list[_Sequence]
+    finish: Pending
+
+
 class Engine:
     """Runs several requests in one ragged batch, step by step, over a shared paged cache.
 
     max_sequences: requests under way at once, more wait; step_tokens: tokens computed in one step, which
     bounds how long a long prompt holds up the answers beside it; cache_tokens: what the full-attention
-    layers keep for all requests together, by default one model context, and so the most that one request may
-    come to. When the cache runs out the youngest request steps back and is computed again later; on `cpu` its
-    text does not change. Not thread-safe; see AsyncEngine.
+    layers keep for all requests together, by default what the model was loaded for, and so the most that one
+    request may come to. When the cache runs out the youngest request steps back and is computed again later;
+    on `cpu` its text does not change. Not thread-safe; see AsyncEngine.
     Raises RequestError for a limit below 1, OutOfMemoryError where the cache does not fit.
     """
 
@@ -87,30 +95,24 @@ class Engine:
         model: GptOss,
         *,
         max_sequences: int = 16,
-        step_tokens: int = PREFILL_TOKENS,
+        step_tokens: int | None = None,
         cache_tokens: int | None = None,
     ) -> None:
         config = model.config
-        cache_tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
-        limits = {"max_sequences": max_sequences, "step_tokens": step_tokens, "cache_tokens": cache_tokens}
-        for name, limit in limits.items():
-            if type(limit) is not int or limit < 1:
-                raise RequestError(f"{name} is {limit!r}: give an integer of at least 1")
+        step_tokens = model.ops.step_tokens if step_tokens is None else step_tokens
+        cache_tokens = model.cache_tokens if cache_tokens is None else cache_tokens
+        full_blocks, sliding_blocks = pool_blocks(config, cache_tokens, max_sequences, step_tokens)
         self.model = model
         self.context = min(cache_tokens, config.max_position_embeddings)
         self._max_sequences = max_sequences
         self._step_tokens = max(step_tokens, max_sequences)
         self._window = min(config.sliding_window, self.context)
-        full_blocks = -(-cache_tokens // BLOCK_TOKENS)
-        # Room for every running request, and as much again for the windows at which known prefixes end; never
-        # more than the full layers have, for a sequence's sliding blocks are some of its full ones.
-        windows = max_sequences * (self._window // BLOCK_TOKENS + 2) + self._step_tokens // BLOCK_TOKENS + 1
-        sliding_blocks = min(2 * windows, full_blocks)
         self._cache = model.ops.new_cache(config, full_blocks, sliding_blocks)
         self._full, self._sliding = BlockPool(full_blocks), BlockPool(sliding_blocks)
         self._ids = count()
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # oldest first
+        self._ahead: _Batch | None = None  # begun while the last batch's tokens were still unknown
         self._blocked = False  # the first that waits found no room, and none has been given back since
 
     @property
@@ -144,15 +146,57 @@ class Engine:
         return next((s.pages.length for s in self._running if s.id == request_id), 0)
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch; return an event for each request that came to a new token."""
+        """Compute one batch; return an event for each request that came to a new token.
+
+        Where the device can, the batch after it is begun before its tokens are waited for.
+        """
+        batch, self._ahead = self._ahead, None
+        if batch is None or not any(sequence in self._running for sequence in batch.drawing):
+            batch = self._begin()
+        if batch is None:
+            return []
+        self._ahead = self._begin_ahead(batch)
+        events = [
+            self._accept(sequence, sampled)
+            for sequence, sampled in zip(batch.drawing, batch.finish(), strict=True)
+            if sequence in self._running  # begun ahead, it may have ended since
+        ]
+        if self._ahead:
+            for sequence in self._ahead.drawing:
+                if sequence in self._running:
+                    sequence.pages.advance(sequence.tokens, 1)
+        return events
+
+    def _begin(self) -> _Batch | None:
+        """Begin the next batch of what is known."""
         scheduled = self._schedule()
         if not scheduled:
-            return []
+            return None
         drawing = [sequence for sequence in scheduled if sequence.scheduled == sequence.pending]
-        finish = self.model.begin(self._batch(scheduled), self._cache, list(map(_draw, drawing)))
+        tokens = [s.tokens[s.pages.length : s.pages.length + s.scheduled] for s in scheduled]
+        rows = [sequence.scheduled == sequence.pending for sequence in scheduled]
+        batch = self._batch(scheduled, tokens, rows)
+        finish = self.model.begin(batch, self._cache, list(map(_draw, drawing)))
         for sequence in scheduled:
             sequence.pages.advance(sequence.tokens, sequence.scheduled)
-        return [self._accept(*pair) for pair in zip(drawing, finish(), strict=True)]
+        return _Batch(drawing, finish)
+
+    def _begin_ahead(self, last: _Batch) -> _Batch | None:
+        """Begin the batch after `last`, whose tokens only the device knows; None where that cannot be done.
+
+        That is when all that runs is drawing, nothing waits, and none of it is sure to end with this token.
+        """
+        drawing, ahead = last.drawing, self.model.ops.can_run_ahead
+        draws = [replace(_draw(sequence), ahead=1) for sequence in drawing]
+        if self._waiting or drawing != self._running or not all(map(ahead, draws)):
+            return None
+        if any(len(s.tokens) + 1 >= s.end or s.pending for s in drawing):
+            return None
+        if not all(sequence.pages.reserve(1) for sequence in drawing):
+            return None
+        # Token -1 - r stands for what row r of the last batch drew.
+        batch = self._batch(drawing, [[-1 - row] for row in range(len(drawing))], [True] * len(drawing))
+        return _Batch(drawing, self.model.begin(batch, self._cache, draws))
 
     def _schedule(self) -> list[_Sequence]:
         """Choose how many tokens each request computes: answers first, then prompts, oldest first."""
@@ -196,22 +240,18 @@ class Engine:
         self._running.append(self._waiting.popleft())
         return True
 
-    def _batch(self, scheduled: list[_Sequence]) -> Batch:
-        tokens: list[int] = []
-        positions: list[int] = []
-        for sequence in scheduled:
-            start, end = sequence.pages.length, sequence.pages.length + sequence.scheduled
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-        query_start = np.cumsum([0, *(sequence.scheduled for sequence in scheduled)], dtype=np.int32)
-        done = [sequence.scheduled == sequence.pending for sequence in scheduled]
+    def _batch(self, sequences: list[_Sequence], tokens: list[list[int]], drawing: list[bool]) -> Batch:
+        """Lay the next tokens of some sequences end to end; those that are drawing want their last row."""
+        starts = [sequence.pages.length for sequence in sequences]
+        positions = [range(start, start + len(part)) for start, part in zip(starts, tokens, strict=True)]
+        query_start = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
         return Batch(
-            tokens=np.array(tokens, np.int32),
-            positions=np.array(positions, np.int32),
+            tokens=np.array(list(chain.from_iterable(tokens)), np.int32),
+            positions=np.array(list(chain.from_iterable(positions)), np.int32),
             query_start=query_start,
-            full_table=_table([sequence.pages.full for sequence in scheduled]),
-            sliding_table=_table([sequence.pages.sliding for sequence in scheduled]),
-            rows=query_start[1:][done] - 1,
+            full_table=_table([sequence.pages.full for sequence in sequences]),
+            sliding_table=_table([sequence.pages.sliding for sequence in sequences]),
+            rows=query_start[1:][drawing] - 1,
         )
 
     def _accept(self, sequence: _Sequence, sampled: Sampled | Exception) -> TokenEvent:

@@ -3,7 +3,7 @@
 import datetime
 import os
 import secrets
-from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import aclosing
 from numbers import Integral
 from pathlib import Path
@@ -14,6 +14,7 @@ from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
 from gptoss_lite.harmony import Message, from_chat, render_prompt
 from gptoss_lite.harmony.parse import TURN_ENDS
+from gptoss_lite.memory import Plan
 from gptoss_lite.model import GptOss, Progress
 from gptoss_lite.ops import get_ops
 from gptoss_lite.sampling import SamplingParams
@@ -63,34 +64,46 @@ class GenerateOptions(TypedDict, total=False):
     date: str | datetime.date | None
 
 
+class LoadOptions(TypedDict, total=False):
+    """How to load; each may be left out.
+
+    threads: CPU threads, all cores by default. device_memory: the most bytes of a GPU's memory to take, by
+    default what is free; where the model does not fit in it, experts stay in host memory. cache_tokens: how
+    many tokens' keys and values to have room for, one model context by default. progress: called with the
+    bytes read and the bytes in all. planned: called, before anything is read, with what will lie where on a
+    GPU.
+    """
+
+    threads: int | None
+    device_memory: int | None
+    cache_tokens: int | None
+    progress: Progress | None
+    planned: Callable[[Plan], None] | None
+
+
 def load(
     path: str | os.PathLike[str],
     device: str = "auto",
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[LoadOptions],
 ) -> tuple[GptOss, Tokenizer]:
     """Load a checkpoint directory, or the bundled model by the name "demo"; weights stay packed.
 
-    device: "auto", "cpu" or "reference". threads: CPU threads, all cores by default. progress: called with
-    the bytes read and the bytes in all. Raises CheckpointError for a damaged or foreign checkpoint,
-    DeviceError for a device that is not there.
+    device: "auto", "cpu", "cuda", "cuda:1" and so on, "reference", or "emulated", the GPU's kernels on a CPU.
+    Raises CheckpointError for a damaged or foreign checkpoint, DeviceError for a device that is not there,
+    OutOfMemoryError, before anything is read, for a GPU with too little memory.
     """
-    ops = get_ops(device, threads)
     checkpoint = _open(path)
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-    return GptOss(checkpoint, ops, progress), tokenizer
+    return _load(checkpoint, device, options), tokenizer
 
 
 def load_model(
     path: str | os.PathLike[str],
     device: str = "auto",
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[LoadOptions],
 ) -> GptOss:
     """Load as `load` does, for work on token ids: no tokenizer is needed."""
-    return GptOss(_open(path), get_ops(device, threads), progress)
+    return _load(_open(path), device, options)
 
 
 def stream_generate(
@@ -179,6 +192,17 @@ async def async_stream_generate(
             yield event
             if event.finish_reason is not None:
                 return
+
+
+def _load(checkpoint: Checkpoint, device: str, options: LoadOptions) -> GptOss:
+    ops = get_ops(device, options.get("threads"), options.get("device_memory"))
+    return GptOss(
+        checkpoint,
+        ops,
+        options.get("progress"),
+        cache_tokens=options.get("cache_tokens"),
+        planned=options.get("planned"),
+    )
 
 
 def _open(path: str | os.PathLike[str]) -> Checkpoint:

@@ -12,12 +12,12 @@ from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
+from gptoss_lite.memory import Plan
 from gptoss_lite.ops.base import Array, Linear, Norm, Ops, Pending, Use
 from gptoss_lite.rope import yarn
 from gptoss_lite.sampling import Draw
 
 Progress = Callable[[int, int], None]  # how much is done, of how much
-PREFILL_TOKENS = 512  # tokens computed at a time: bounds what a long prompt needs besides its cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,27 @@ class Block:
 class GptOss:
     """The whole network on one device: a ragged batch of tokens in, logits of the wanted rows out."""
 
-    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ops: Ops,
+        progress: Progress | None = None,
+        *,
+        cache_tokens: int | None = None,
+        planned: Callable[[Plan], None] | None = None,
+    ) -> None:
         """Read every weight of an opened checkpoint; progress is told the bytes done and the bytes in all.
 
-        Raises CheckpointError where a value cannot be: NaN, infinity, a damaged byte under a checksum.
+        cache_tokens: how many tokens' keys and values an Engine shall have room for, by default those of one
+        context. planned: told, before anything is read, what will lie where on a GPU. Raises CheckpointError
+        where a value cannot be: NaN, infinity, a damaged byte under a checksum; OutOfMemoryError, before
+        anything is read, where weights and cache do not fit the device.
         """
+        config = checkpoint.config
+        self.cache_tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
+        plan = ops.reserve(checkpoint, self.cache_tokens)
+        if plan is not None and planned is not None:
+            planned(plan)
         done = 0
 
         def note(nbytes: int) -> None:
@@ -160,7 +176,7 @@ class GptOss:
                 progress(done, checkpoint.nbytes)
 
         read = WeightReader(checkpoint, ops, note)
-        self.config = config = checkpoint.config
+        self.config = config
         self.ops = ops
         self.rope = yarn(config.rope, config.head_dim)
         self.embedding = read.matrix("model.embed_tokens.weight", Use("embedding"))
@@ -176,7 +192,7 @@ class GptOss:
         for layer, block in enumerate(self.layers):
             x = block.attention(ops, x, rotation, cache, layer, batch)
             x = block.experts(ops, x)
-        return ops.logits(x, self.norm, self.lm_head, batch.rows)
+        return ops.logits(x, self.norm, self.lm_head, batch)
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         """Compute one ragged batch: appends to the cache, returns logits float32 (R, vocab_size)."""
@@ -201,8 +217,8 @@ class GptOss:
         cache = self.ops.new_cache(self.config, blocks, blocks)
         table = np.arange(blocks, dtype=np.int32)[None]
         parts = []
-        for start in range(0, total, PREFILL_TOKENS):
-            end = min(start + PREFILL_TOKENS, total)
+        for start in range(0, total, self.ops.step_tokens):
+            end = min(start + self.ops.step_tokens, total)
             batch = Batch(
                 tokens=np.asarray(tokens[start:end], np.int32),
                 positions=np.arange(start, end, dtype=np.int32),

@@ -104,7 +104,8 @@ class Draw:
     """One token to be drawn: what for, from which random stream, and after which tokens.
 
     seed: 64 bits, the request's own or drawn by the engine. choice: which of the request's n choices, from 0.
-    tokens: prompt and output so far; the first prompt_length of them are the prompt.
+    tokens: prompt and output so far; the first prompt_length of them are the prompt. ahead: tokens drawn
+    since that are not known yet.
     """
 
     params: SamplingParams
@@ -112,11 +113,12 @@ class Draw:
     choice: int
     tokens: Sequence[int]
     prompt_length: int
+    ahead: int = 0
 
     @property
     def position(self) -> int:
         """Where the drawn token will stand in its sequence."""
-        return len(self.tokens)
+        return len(self.tokens) + self.ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +260,18 @@ def sample_each(
     return [attempt(row, draw) for row, draw in zip(logits, draws, strict=True)]
 
 
+def not_finite(draw: Draw) -> GptOssError:
+    """Make the error of a row whose largest logit is NaN or infinite."""
+    return GptOssError(
+        f"the logits at position {draw.position} are not finite: the checkpoint is damaged or a kernel is"
+        " wrong; compare with device 'reference'"
+    )
+
+
 def _sample(logits: Array, draw: Draw, argmax: GumbelArgmax) -> Sampled:
     params = draw.params
     if not np.isfinite(best := logits.max()):  # NaN if any logit is
-        raise GptOssError(
-            f"the logits at position {draw.position} are not finite (their maximum is {best}): the checkpoint"
-            " is damaged or a kernel is wrong; compare with device 'reference'"
-        )
+        raise not_finite(draw)
     adjusted = adjust(logits, draw)
     if params.greedy:
         token = int(adjusted.argmax())

@@ -1,24 +1,40 @@
 """The weight toolkit: quantised tensors and their codecs; knows nothing of the model."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
-from gptoss_lite.quant import mxfp4
-from gptoss_lite.quant.qtensor import MXFP4Tensor, QTensor
+from gptoss_lite.quant import int8, mxfp4
+from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor
 
-__all__ = ["MXFP4Tensor", "QTensor", "quantize"]
+__all__ = ["Int8Tensor", "MXFP4Tensor", "QTensor", "quantize"]
 
 
-def quantize(array: NDArray[Any], format: str) -> MXFP4Tensor:
-    """Quantise an array (..., N, K) of float16, bfloat16 or float32 to `format`; "mxfp4" is the one there is.
+@overload
+def quantize(array: NDArray[Any], format: Literal["mxfp4"]) -> MXFP4Tensor: ...
+@overload
+def quantize(
+    array: NDArray[Any], format: Literal["int8"], *, group: int | None = ..., scales: int8.Scales = ...
+) -> Int8Tensor: ...
+@overload
+def quantize(
+    array: NDArray[Any], format: str, *, group: int | None = ..., scales: int8.Scales = ...
+) -> MXFP4Tensor | Int8Tensor: ...
+def quantize(
+    array: NDArray[Any], format: str, *, group: int | None = int8.BLOCK, scales: int8.Scales = "bf16"
+) -> MXFP4Tensor | Int8Tensor:
+    """Quantise an array (..., N, K) of float16, bfloat16 or float32 to `format`: "mxfp4" or "int8".
 
-    The logical shape stays; K must be a multiple of the format's block. Works in a few MB of scratch.
+    The logical shape stays; K must be a multiple of 32. For int8, `group` columns of a row share a scale, a
+    multiple of 32 that divides K, or None for whole rows; `scales` are "bf16", "float16" or "e8m0", powers of
+    two. Works in a few MB of scratch.
     Raises FormatError on an unknown format, a shape or dtype that does not fit, and on NaN or infinity.
     """
     match format:
         case "mxfp4":
             return MXFP4Tensor(*mxfp4.encode(array))
+        case "int8":
+            return Int8Tensor(*int8.encode(array, group, scales))
         case _:
-            raise FormatError(f"unknown format {format!r}: choose mxfp4")
+            raise FormatError(f"unknown format {format!r}: choose mxfp4 or int8")

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from gptoss_lite.errors import FormatError
-from gptoss_lite.quant import mxfp4
+from gptoss_lite.quant import int8, mxfp4
 
 
 class QTensor(ABC):
@@ -84,3 +84,53 @@ class MXFP4Tensor(QTensor):
     def map(self, fn: Callable[[Any], Any]) -> Self:
         """Return a tensor of `fn(blocks)` and `fn(scales)`."""
         return type(self)(fn(self.blocks), fn(self.scales))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Tensor(QTensor):
+    """Weights in int8: (..., N, K), with a scale for each group of a row.
+
+    codes: int8 (..., N, K); scales: bfloat16, float16 or E8M0 uint8 (..., N, K / group), where a group is a
+    multiple of 32. Raises FormatError where these do not fit together.
+    """
+
+    codes: Any
+    scales: Any
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes."""
+        if self.codes.dtype != np.int8 or self.scales.dtype.name not in ("bfloat16", "float16", "uint8"):
+            dtypes = f"{self.codes.dtype} and {self.scales.dtype}"
+            raise FormatError(
+                f"int8 codes and scales are {dtypes}: must be int8, and bfloat16, float16 or uint8"
+            )
+        fits = 0 < self.codes.ndim == self.scales.ndim and self.codes.shape[:-1] == self.scales.shape[:-1]
+        groups = self.scales.shape[-1] if fits else 0
+        if groups == 0 or self.codes.shape[-1] == 0 or self.codes.shape[-1] % (int8.BLOCK * groups):
+            raise FormatError(
+                f"int8 codes {self.codes.shape} do not fit scales {self.scales.shape}:"
+                f" codes must be the scales' shape, with a multiple of {int8.BLOCK} columns for each scale"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape (..., N, K)."""
+        return tuple(self.codes.shape)
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return int(self.codes.shape[-1] // self.scales.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, codes and scales together."""
+        return int(self.codes.nbytes + self.scales.nbytes)
+
+    def dequantize(self, xp: Any = np) -> Any:
+        """Return the values, code times scale, float32 (..., N, K)."""
+        return int8.decode(self.codes, self.scales, xp)
+
+    def map(self, fn: Callable[[Any], Any]) -> Self:
+        """Return a tensor of `fn(codes)` and `fn(scales)`."""
+        return type(self)(fn(self.codes), fn(self.scales))

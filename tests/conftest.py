@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from gptoss_lite.checkpoint import open_checkpoint
+from gptoss_lite.errors import DeviceError
+from gptoss_lite.kernels.emulator.runtime import compiler
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
 
@@ -16,6 +18,15 @@ FIXTURES = Path(os.environ.get("GPTOSS_LITE_FIXTURES", DATA))
 if not FIXTURES.is_dir():
     raise pytest.UsageError(f"GPTOSS_LITE_FIXTURES names {FIXTURES}, which is no directory")
 LAYOUTS = sorted(path.parent for path in FIXTURES.glob("checkpoints/*/*/config.json"))
+
+
+@pytest.fixture(scope="session")
+def needs_compiler() -> None:
+    """Skip where the emulator has nothing to compile with."""
+    try:
+        compiler()
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session", params=LAYOUTS, ids=lambda path: f"{path.parent.name}-{path.name}")

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gptoss_lite.batch import Batch
 from gptoss_lite.checkpoint import open_checkpoint
+from gptoss_lite.kernels.emulator.runtime import Emulator, Order
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
+from gptoss_lite.ops.cuda import CUDAOps
 
 Golden = Callable[[Path], dict[str, NDArray[Any]]]
+needs_compiler = pytest.mark.usefixtures("needs_compiler")
 
 
 def row_errors(model: GptOss, reference: dict[str, NDArray[Any]]) -> dict[tuple[str, int], float]:
@@ -44,7 +48,64 @@ def test_cpu_is_within_bf16_keys_and_values_of_transformers(network: list[Path],
     assert np.mean(np.array(list(worst.values())) > 0.1) <= 0.05
 
 
-@pytest.mark.parametrize("device", ["reference", "cpu"])
+def emulated(path: Path, order: Order = "forward") -> GptOss:
+    """Open a checkpoint on the CUDA path, run by the emulator."""
+    return GptOss(open_checkpoint(path), CUDAOps(Emulator(order), "emulated"))
+
+
+def short(reference: dict[str, NDArray[Any]], longest: int = 300) -> dict[str, NDArray[Any]]:
+    """Keep the prompts of at most `longest` tokens: the longest takes minutes on the emulator."""
+    lengths = [n for n in (1, 7, 127, 128, 129, 300) if n <= longest]
+    return {f"{kind}_{n}": reference[f"{kind}_{n}"] for n in lengths for kind in ("tokens", "logits")}
+
+
+def assert_within_half_precision(errors: dict[tuple[str, int], float]) -> None:
+    values = np.array(list(errors.values()))
+    assert np.median(values) <= 3e-3
+    assert np.quantile(values, 0.9) <= 2e-2
+    assert np.mean(values > 0.1) <= 0.05
+
+
+@needs_compiler
+def test_cuda_prefill_is_within_half_precision_of_transformers(layout: Path, golden: Golden) -> None:
+    assert_within_half_precision(row_errors(emulated(layout), short(golden(layout))))
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ["reversed", "random"])
+def test_cuda_prefill_in_other_thread_orders(network: list[Path], golden: Golden, order: Order) -> None:
+    reference = short(golden(network[0]), longest=129)
+    assert_within_half_precision(row_errors(emulated(network[0], order), reference))
+
+
+@needs_compiler
+def test_cuda_decode_is_within_half_precision_of_transformers(layout: Path, golden: Golden) -> None:
+    """Token by token through the decode kernels, recorded and replayed, up to past the sliding window."""
+    reference = golden(layout)
+    model = emulated(layout)
+    blocks = 9
+    cache = model.ops.new_cache(model.config, blocks, blocks)
+    table = np.arange(blocks, dtype=np.int32)[None]
+    tokens = reference["tokens_129"]
+    rows = {}
+    for position in range(len(tokens)):
+        batch = Batch(
+            tokens=tokens[position : position + 1].astype(np.int32),
+            positions=np.array([position], np.int32),
+            query_start=np.array([0, 1], np.int32),
+            full_table=table,
+            sliding_table=table,
+            rows=np.zeros(1, np.int32),
+        )
+        rows[position] = model(batch, cache)[0]
+    want = reference["logits_129"]
+    got = np.stack([rows[len(tokens) - len(want) + i] for i in range(len(want))])
+    errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert_within_half_precision({("logits_129", i): float(error) for i, error in enumerate(errors)})
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulated"])
 def test_best_token_follows_the_reference_where_the_gap_is_clear(
     layout: Path, golden: Golden, device: str
 ) -> None:

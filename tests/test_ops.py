@@ -67,9 +67,9 @@ ROPE = yarn(CONFIG.rope, HEAD_DIM)
 def test_products_of_dense_weights(spec: Ops, cpu: Ops, dtype: type) -> None:
     x, norm = normal(5, HIDDEN), Norm(normal(HIDDEN), 1e-5)
     weight: NDArray[Any] = normal(101, HIDDEN).astype(dtype)
-    rows = np.array([0, 3, 4], np.int32)
-    want = spec.logits(x, norm, Linear(weight), rows)
-    got = cpu.logits(x, norm, Linear(cpu.prepare(weight, PLAIN)), rows)
+    step = replace(batch((0, 5)), rows=np.array([0, 3, 4], np.int32))
+    want = spec.logits(x, norm, Linear(weight), step)
+    got = cpu.logits(x, norm, Linear(cpu.prepare(weight, PLAIN)), step)
     # float32 sums in another order
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
@@ -179,9 +179,10 @@ def test_scales_down_to_the_smallest_are_exact(scale: int) -> None:
 
 def test_no_rows_wanted_cost_no_reading(cpu: Ops) -> None:
     norm, weight = Norm(normal(HIDDEN), 1e-5), cpu.prepare(normal(101, HIDDEN), PLAIN)
-    assert cpu.logits(normal(3, HIDDEN), norm, Linear(weight), np.empty(0, np.int32)).shape == (0, 101)
+    step = replace(batch((0, 3)), rows=np.empty(0, np.int32))
+    assert cpu.logits(normal(3, HIDDEN), norm, Linear(weight), step).shape == (0, 101)
 
 
 def test_unknown_device_names_the_choices() -> None:
-    with pytest.raises(DeviceError, match="'tpu': choose auto, cpu or reference"):
+    with pytest.raises(DeviceError, match="'tpu': choose auto, cpu, cuda, cuda:N"):
         get_ops("tpu")

@@ -277,7 +277,7 @@ def test_where_rounding_swallows_the_noise_the_lowest_token_is_drawn(argmax: spe
 def test_logits_that_are_not_finite_are_an_error_not_rubbish(bad: float, temperature: float) -> None:
     logits = np.zeros(8, np.float32)
     logits[5] = bad
-    with pytest.raises(GptOssError, match=rf"position 2 are not finite \(their maximum is {bad}\)"):
+    with pytest.raises(GptOssError, match="position 2 are not finite"):
         one(logits, tokens=[1, 2], temperature=temperature)
     with pytest.raises(GptOssError, match="not finite"):
         one(np.full(8, -np.inf, np.float32), temperature=temperature)

@@ -3,18 +3,22 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.batch import Batch
 from gptoss_lite.cache import BLOCK_TOKENS, KVCache
+from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.quant import QTensor
 from gptoss_lite.rope import Rope, rope_tables
 from gptoss_lite.sampling import Draw, Sampled, sample_each
+
+if TYPE_CHECKING:
+    from gptoss_lite.memory import Plan
 
 Array = npt.NDArray[Any]
 Network: TypeAlias = Callable[[Any, KVCache], Any]  # a batch in the backend's own form -> logits of its rows
@@ -57,9 +61,16 @@ class Ops:
     expert.
     """
 
-    name: ClassVar[str] = "reference"
+    name: str = "reference"
     cache_dtype: ClassVar[Any] = np.float32
-    ahead: ClassVar[bool] = False  # whether a step may begin before the last one's tokens are known
+    step_tokens: ClassVar[int] = 512  # computed at a time: bounds what a long prompt needs besides its cache
+
+    def reserve(self, checkpoint: Checkpoint, cache_tokens: int) -> "Plan | None":
+        """Decide what will lie where, before anything is read; raises OutOfMemoryError if nothing fits.
+
+        None where memory is the host's, and the operating system's affair.
+        """
+        return None
 
     def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
         """Compute one forward pass -> logits float32 (R, vocab_size) of the batch's rows."""
@@ -74,6 +85,10 @@ class Ops:
         """
         drawn = self.sample(self.run(network, batch, cache), draws)
         return lambda: drawn
+
+    def can_run_ahead(self, draw: Draw) -> bool:
+        """Whether a step may begin before this draw is known, with -1 - row for the token drawn."""
+        return False
 
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Bring a weight matrix, or a stack of them, from the checkpoint's form into this backend's."""
@@ -176,9 +191,9 @@ class Ops:
             out[token] += weights[token, choice, None] * y  # an expert is chosen at most once a token
         return out
 
-    def logits(self, x: Array, norm: Norm, lm_head: Linear, rows: Array) -> Array:
-        """Project the wanted rows int32 (R,) onto the vocabulary -> float32 (R, vocab_size)."""
-        return _linear(_rms_norm(x[rows], norm), lm_head)
+    def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Batch) -> Array:
+        """Project the batch's wanted rows (R,) onto the vocabulary -> float32 (R, vocab_size)."""
+        return _linear(_rms_norm(x[batch.rows], norm), lm_head)
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """Choose one token for each row of logits (R, vocab_size)."""

@@ -33,7 +33,7 @@ class CPUOps(Ops):
     the number of threads: every sum runs in one order fixed by the weight's shape or by absolute position.
     """
 
-    name: ClassVar[str] = "cpu"
+    name = "cpu"
     cache_dtype: ClassVar[Any] = np.uint16  # the bits of bf16
 
     def __init__(self, threads: int | None = None) -> None:
@@ -132,9 +132,9 @@ class CPUOps(Ops):
         elementwise.combine(x, y, down.bias, expert, rows.reshape(ids.shape), weights, out)
         return out
 
-    def logits(self, x: Array, norm: Norm, lm_head: Linear, rows: Array) -> Array:
+    def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Batch) -> Array:
         """See Ops.logits."""
-        return _dense(_rms_norm(x[rows], norm), lm_head)
+        return _dense(_rms_norm(x[batch.rows], norm), lm_head)
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""

@@ -1,0 +1,436 @@
+"""What a model will need of a CUDA device, to the byte, from its headers alone: before anything is loaded.
+
+Where all of it does not fit, a plan moves the embedding to pinned host memory, which kernels read a row at a
+time, and then the experts of the last layers, of which the device keeps those in demand.
+"""
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from gptoss_lite.cache import BLOCK_TOKENS, pool_blocks
+from gptoss_lite.checkpoint import Checkpoint
+from gptoss_lite.config import ModelConfig
+from gptoss_lite.errors import OutOfMemoryError, RequestError
+from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout, gate_up_rows
+
+MAX_SEQUENCES = 16
+# Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
+# between allocations.
+RESERVED = 600 << 20
+_KV_ITEM = 2  # bytes: bf16 or fp16
+_SPLITS = 64  # parts that decode attention takes a sequence's keys in, at most
+_PARTIAL = 66  # floats of one part: 64 of the sum, the maximum and the sum of weights
+_GIB = 1 << 30
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+EmbeddingPlace = Literal["auto", "device", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredForm:
+    """How a checkpoint holds one tensor.
+
+    dtype: "BF16", "F16", "F32", or of a packed one, scales included, "MXFP4" or "INT8". group: columns
+    that share a scale, for INT8.
+    """
+
+    dtype: str
+    nbytes: int
+    group: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroup:
+    """Bytes of some of the weights: in the checkpoint, and in the form that the kernels read."""
+
+    name: str
+    checkpoint: int
+    packed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What lies where, in bytes.
+
+    weights: by group, wherever they lie. expert_bytes: one expert's packed matrices, by layer; the rest of
+    the group experts, biases and pointer tables, is on the device always. full_kv, sliding_kv: keys and
+    values of the two kinds of layers. host_layers: how many of the last layers have their experts in host
+    memory; hot_experts: how many of each such layer have a copy on the device.
+    """
+
+    weights: tuple[WeightGroup, ...]
+    num_experts: int
+    expert_bytes: tuple[int, ...]
+    cache_tokens: int
+    full_kv: int
+    sliding_kv: int
+    workspace: tuple[tuple[str, int], ...]
+    host_embedding: bool = False
+    host_layers: int = 0
+    hot_experts: int = 0
+
+    @property
+    def first_host_layer(self) -> int:
+        """The first layer with experts in host memory; the number of layers where there is none."""
+        return len(self.expert_bytes) - self.host_layers
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """All weights, as the checkpoint has them."""
+        return sum(group.checkpoint for group in self.weights)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of all layers."""
+        return self.full_kv + self.sliding_kv
+
+    @property
+    def workspace_bytes(self) -> int:
+        """All scratch memory."""
+        return sum(nbytes for _, nbytes in self.workspace)
+
+    @property
+    def host_embedding_bytes(self) -> int:
+        """The embedding, where it is in host memory."""
+        return self._packed("embedding") if self.host_embedding else 0
+
+    @property
+    def host_expert_bytes(self) -> int:
+        """The experts in host memory, all of each such layer."""
+        return self.num_experts * sum(self.expert_bytes[self.first_host_layer :])
+
+    @property
+    def hot_expert_bytes(self) -> int:
+        """The copies of some of those on the device."""
+        return self.hot_experts * sum(self.expert_bytes[self.first_host_layer :])
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory in all."""
+        return self.host_embedding_bytes + self.host_expert_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights on the device, hot experts included."""
+        return sum(group.packed for group in self.weights) - self.host_bytes + self.hot_expert_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory in all, without what is left free for CUDA."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+    def fits(self, device_bytes: int) -> bool:
+        """Whether a device with so many bytes can hold this, and CUDA beside it."""
+        return self.device_bytes + RESERVED <= device_bytes
+
+    def _packed(self, name: str) -> int:
+        return next(group.packed for group in self.weights if group.name == name)
+
+
+def make_plan(
+    config: ModelConfig,
+    stored: Mapping[str, StoredForm],
+    *,
+    device_bytes: int | None,
+    cache_tokens: int | None = None,
+    max_sequences: int = MAX_SEQUENCES,
+    step_tokens: int,
+    embedding: EmbeddingPlace = "auto",
+) -> Plan:
+    """Decide what lies where on a device with `device_bytes`; None sets no bound.
+
+    stored: the checkpoint's tensors, see `stored_forms`. The others are as the Engine takes them, None
+    cache_tokens being one model context. All goes to the device if it can; else the embedding goes to the
+    host, unless it is bound to the device; else the experts of as few of the last layers as will do, and
+    what the device has left keeps the experts of those layers that are most in demand.
+    Raises RequestError for a limit below 1; OutOfMemoryError where nothing fits, saying what would.
+    """
+    if embedding not in ("auto", "device", "host"):
+        raise RequestError(f"embedding is {embedding!r}: choose auto, device or host")
+    tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
+    full_kv, sliding_kv = kv_bytes(config, tokens, max_sequences, step_tokens)
+    plan = Plan(
+        weights=_weights(config, stored),
+        num_experts=config.num_local_experts,
+        expert_bytes=tuple(_expert_bytes(config, stored, n) for n in range(config.num_hidden_layers)),
+        cache_tokens=tokens,
+        full_kv=full_kv,
+        sliding_kv=sliding_kv,
+        workspace=workspace(config, step_tokens, max_sequences),
+        host_embedding=embedding == "host",
+    )
+    if device_bytes is None:
+        return plan
+    # Two tokens in a row seldom agree on all their experts: with room for both, neither evicts the other's.
+    fewest_hot = 2 * config.num_experts_per_tok
+    for least in _placements(plan, embedding, fewest_hot):
+        if least.fits(device_bytes):
+            return _with_more_hot_experts(least, device_bytes)
+    room = device_bytes - RESERVED - (least.device_bytes - least.kv_bytes)
+    fitting = _most_cache_tokens(config, tokens, max_sequences, step_tokens, room)
+    raise OutOfMemoryError(_refusal(plan, least, device_bytes, fitting, embedding))
+
+
+def stored_forms(checkpoint: Checkpoint) -> dict[str, StoredForm]:
+    """Tell how an opened checkpoint holds each of its tensors, from the headers; reads no tensor.
+
+    Of tied tensors the first has the bytes.
+    """
+    forms: dict[str, StoredForm] = {}
+    seen: set[str] = set()
+    for name, piece in checkpoint._pieces.items():
+        stored = piece.stored
+        rows = piece.rows.stop - piece.rows.start
+        tied = f"{stored.name} {piece.rows}" in seen
+        seen.add(f"{stored.name} {piece.rows}")
+        nbytes = 0 if tied else stored.data.size // stored.shape[0] * rows
+        base = re.sub("_(blocks|scales)$", "", name)
+        dtype = stored.dtype if base == name else "MXFP4"
+        forms[base] = StoredForm(dtype, nbytes + (forms[base].nbytes if base in forms else 0))
+    return forms
+
+
+def kv_bytes(config: ModelConfig, cache_tokens: int, max_sequences: int, step_tokens: int) -> tuple[int, int]:
+    """Count the bytes of keys and values in 16 bits: of all full layers, of all sliding ones."""
+    full_blocks, sliding_blocks = pool_blocks(config, cache_tokens, max_sequences, step_tokens)
+    block = 2 * config.num_key_value_heads * BLOCK_TOKENS * config.head_dim * _KV_ITEM  # keys and values
+    full_layers = config.layer_types.count("full_attention")
+    sliding_layers = config.num_hidden_layers - full_layers
+    return full_layers * full_blocks * block, sliding_layers * sliding_blocks * block
+
+
+def workspace(config: ModelConfig, step_tokens: int, max_sequences: int) -> tuple[tuple[str, int], ...]:
+    """List the scratch arrays of a step with their bytes; the largest step there can be decides.
+
+    T tokens, S sequences, each with one wanted row of logits, k experts per token.
+    """
+    T, S, k = max(step_tokens, max_sequences), max_sequences, config.num_experts_per_tok
+    H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hidden, E = config.hidden_size, config.num_local_experts
+    pairs = T * k
+    tiles = min(pairs, pairs // 8 + E)  # of at most 8 pairs, all of one expert
+    prefill_tiles = -(-T // 64) + S
+    width = -(-config.max_position_embeddings // BLOCK_TOKENS)
+    sampling = 4 + 4 + 4 + 4 + 4 + 4 + 4 + 8 + 8 + 8  # temperature, filters, ..., seed, key, result; per row
+    small = (
+        T * 12  # tokens, positions, sequences
+        + prefill_tiles * 16
+        + 2 * S * width * 4  # block tables
+        + S * sampling
+        + D // 2 * 4  # inverse frequencies
+        + S * H * 4  # counters of attention
+        + T * 4  # counters of the router
+    )
+    return (
+        ("residual stream", T * hidden * 4),
+        ("normalised", 2 * T * _padded(hidden) * 2),  # attention's and the experts'
+        ("projections", T * (H + 2 * Hk) * D * 4),
+        ("queries", T * H * D * 4),
+        ("attention", T * _padded(H * D) * 2),
+        ("attention partials", S * H * _SPLITS * _PARTIAL * 4),
+        ("rotations", T * D * 4),
+        ("router logits", T * E * 4),
+        ("chosen experts", T * k * 8),
+        ("grouping", 2 * pairs * 4 + 3 * tiles * 4 + 4),
+        ("inner", pairs * _padded(config.intermediate_size) * 2),
+        ("expert outputs", pairs * hidden * 4),
+        ("logits", S * config.vocab_size * 4),
+        ("small arrays", small),
+    )
+
+
+def workspace_bytes(config: ModelConfig, step_tokens: int, max_sequences: int) -> int:
+    """Add up `workspace`."""
+    return sum(nbytes for _, nbytes in workspace(config, step_tokens, max_sequences))
+
+
+def parse_size(text: str) -> int:
+    """Read a size of memory as bytes: "8GB" is 8 * 2**30, as cards are sold, and so is "8GiB".
+
+    Raises RequestError, naming the text, for anything but a positive number with B, KB, MB, GB, TB or none.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([KMGT])I?)?B?", text.strip().upper(), re.ASCII)
+    size = int(Fraction(match[1]) * 2 ** _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise RequestError(f"{text!r} is no size of memory: give bytes, or a number with MB or GB, as in 8GB")
+    return size
+
+
+def format_gib(nbytes: float) -> str:
+    """Write a size for people: "12.8 GiB"; below a tenth with three digits."""
+    gib = nbytes / _GIB
+    return f"{gib:.1f} GiB" if gib >= 0.1 or not gib else f"{gib:.3f} GiB"
+
+
+def lines(plan: Plan) -> list[str]:
+    """Set a plan out in two columns, what and how much."""
+    rows = [("weights in the checkpoint", plan.checkpoint_bytes)]
+    for group in plan.weights:
+        match group.name:
+            case "embedding" if plan.host_embedding:
+                continue
+            case "experts" if plan.host_layers:
+                rows.append((_experts_label(plan), group.packed - plan.host_expert_bytes))
+                hot = f"experts cached, {plan.hot_experts} of {plan.num_experts} in each other layer"
+                rows.append((hot, plan.hot_expert_bytes))
+            case _:
+                rows.append((group.name, group.packed))
+    rows.append((f"keys and values of {plan.cache_tokens} tokens", plan.full_kv))
+    rows.append(("keys and values of sliding windows", plan.sliding_kv))
+    rows.append(("workspace", plan.workspace_bytes))
+    rows.append(("on the device", plan.device_bytes))
+    rows.append(("left free for CUDA", RESERVED))
+    if plan.host_embedding:
+        rows.append(("embedding, in host memory", plan.host_embedding_bytes))
+    if plan.host_layers:
+        first, last = plan.first_host_layer, len(plan.expert_bytes) - 1
+        rows.append((f"experts of layers {first} to {last}, in host memory", plan.host_expert_bytes))
+    widest = max(len(label) for label, _ in rows)
+    return [f"{label:{widest}}  {format_gib(nbytes):>10}" for label, nbytes in rows]
+
+
+def _experts_label(plan: Plan) -> str:
+    if not plan.first_host_layer:
+        return "biases of experts"
+    return f"experts of layers 0 to {plan.first_host_layer - 1}, biases of all"
+
+
+def _layer_name(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{name}"
+
+
+def _padded(columns: int) -> int:
+    """Columns of a row of operands."""
+    return -(-columns // CHUNK) * CHUNK
+
+
+def _layout(form: StoredForm, rows: int, columns: int) -> Layout:
+    """The form that the kernels read a matrix in; floats of every width become 16 bits."""
+    match form.dtype:
+        case "MXFP4":
+            return Layout(Format.MXFP4, rows, columns)
+        case "INT8":
+            return Layout(Format.INT8, rows, columns, form.group)
+    return Layout(Format.DENSE, rows, columns)
+
+
+def _matrix_bytes(form: StoredForm, rows: int, columns: int) -> int:
+    """A packed matrix outside the experts, with the int32 list of which row is where."""
+    layout = _layout(form, rows, columns)
+    return layout.nbytes + layout.tiles * TILE_ROWS * 4
+
+
+def _expert_bytes(config: ModelConfig, stored: Mapping[str, StoredForm], layer: int) -> int:
+    """One expert's two packed matrices."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    gate_up = stored[_layer_name(layer, "mlp.experts.gate_up_proj")]
+    down = stored[_layer_name(layer, "mlp.experts.down_proj")]
+    rows = len(gate_up_rows(intermediate))
+    return _layout(gate_up, rows, hidden).nbytes + _layout(down, hidden, intermediate).nbytes
+
+
+def _weights(config: ModelConfig, stored: Mapping[str, StoredForm]) -> tuple[WeightGroup, ...]:
+    """Count every weight; vectors are float32 on the device, routers and embeddings much as stored."""
+    hidden, vocab, E = config.hidden_size, config.vocab_size, config.num_local_experts
+    queries, keys = (
+        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    packed = {
+        "embedding": vocab * hidden * (4 if stored["model.embed_tokens.weight"].dtype == "F32" else 2),
+        "attention": 0,
+        "norms and routers": hidden * 4,  # the last norm
+        "experts": 0,
+        "lm_head": _matrix_bytes(_lm_head(config, stored), vocab, hidden),
+    }
+    for layer in range(config.num_hidden_layers):
+        qkv = stored[_layer_name(layer, "self_attn.q_proj.weight")]
+        out = stored[_layer_name(layer, "self_attn.o_proj.weight")]
+        router = stored[_layer_name(layer, "mlp.router.weight")]
+        packed["attention"] += _matrix_bytes(qkv, queries + 2 * keys, hidden)
+        packed["attention"] += _matrix_bytes(out, hidden, queries)
+        packed["attention"] += 4 * (queries + 2 * keys + hidden + config.num_attention_heads)  # with sinks
+        packed["norms and routers"] += 4 * 2 * hidden
+        packed["norms and routers"] += E * (hidden * (2 if router.dtype == "BF16" else 4) + 4)
+        packed["experts"] += E * _expert_bytes(config, stored, layer)
+        packed["experts"] += E * (4 * (2 * config.intermediate_size + hidden) + 2 * 8)  # with two addresses
+    checkpoint = dict.fromkeys(packed, 0)
+    for name, form in stored.items():
+        checkpoint[_group(name)] += form.nbytes
+    return tuple(WeightGroup(name, checkpoint[name], packed[name]) for name in packed)
+
+
+def _lm_head(config: ModelConfig, stored: Mapping[str, StoredForm]) -> StoredForm:
+    return stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+
+
+def _group(name: str) -> str:
+    """The group of weights that a tensor belongs to."""
+    parts = {
+        "embed_tokens": "embedding", "lm_head": "lm_head", ".self_attn.": "attention", ".experts.": "experts"
+    }  # fmt: skip
+    return next((group for part, group in parts.items() if part in name), "norms and routers")
+
+
+def _placements(plan: Plan, embedding: EmbeddingPlace, fewest_hot: int) -> Iterator[Plan]:
+    """Yield ever smaller placements of the same model, the best first."""
+    yield plan
+    if embedding == "auto":
+        plan = replace(plan, host_embedding=True)
+        yield plan
+    if fewest_hot < plan.num_experts:
+        for layers in range(1, len(plan.expert_bytes) + 1):
+            yield replace(plan, host_layers=layers, hot_experts=fewest_hot)
+
+
+def _with_more_hot_experts(plan: Plan, device_bytes: int) -> Plan:
+    """Fill what is left of the device with copies of experts."""
+    if not plan.host_layers:
+        return plan
+    one_each = sum(plan.expert_bytes[plan.first_host_layer :])
+    more = (device_bytes - RESERVED - plan.device_bytes) // one_each
+    return replace(plan, hot_experts=min(plan.hot_experts + more, plan.num_experts))
+
+
+def _most_cache_tokens(
+    config: ModelConfig, cache_tokens: int, max_sequences: int, step_tokens: int, room: int
+) -> int:
+    """Find how many of `cache_tokens` have room for their keys and values; 0 if not even one block."""
+    blocks = range(1, -(-cache_tokens // BLOCK_TOKENS) + 1)
+
+    def needed(count: int) -> int:
+        return sum(kv_bytes(config, count * BLOCK_TOKENS, max_sequences, step_tokens))
+
+    return bisect_right(blocks, room, key=needed) * BLOCK_TOKENS
+
+
+def _refusal(plan: Plan, least: Plan, device_bytes: int, fitting: int, embedding: EmbeddingPlace) -> str:
+    """Say on one line what is needed, what there is, and what would fit."""
+    needs = f"needs {_rounded_up(plan.device_bytes)} of device memory"
+    if least.host_layers:
+        needs += f", {_rounded_up(least.device_bytes)} with all experts in host memory"
+    elif least.host_embedding and not plan.host_embedding:
+        needs += f", {_rounded_up(least.device_bytes)} with its embedding in host memory"
+    usable = max(0, device_bytes - RESERVED)
+    free = f"{_rounded_down(usable)} can be used of {_rounded_down(device_bytes)}"
+    advice = []
+    if fitting:
+        advice.append(f"--cache-tokens {fitting} would fit")
+    if embedding == "device" and replace(least, host_embedding=True).fits(device_bytes):
+        advice.append("its embedding in host memory would fit")
+    if not advice:
+        smallest = replace(least, host_embedding=True).device_bytes - least.kv_bytes + RESERVED
+        advice.append(f"even with hardly any --cache-tokens it takes a device with {_rounded_up(smallest)}")
+    return f"the model {needs}, and {free}: {' or '.join(advice)}"
+
+
+def _rounded_up(nbytes: int) -> str:
+    return format_gib(math.ceil(nbytes * 10 / _GIB) * _GIB / 10)
+
+
+def _rounded_down(nbytes: int) -> str:
+    return format_gib(math.floor(nbytes * 10 / _GIB) * _GIB / 10)

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, one file each; what compiles them, checks their arguments and launches them."""

@@ -1,0 +1,200 @@
+"""Fragment order, the form that the CUDA kernels read weights in: packing in NumPy, which is its definition.
+
+Tiles of 16 rows, chunks of 64 columns, see weights.cuh. A matrix is one run of bytes: codes, then scales.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+TILE_ROWS = 16
+CHUNK = 64  # columns
+BLOCK = 32  # columns that one scale of MXFP4 covers
+_EIGHT = (0, 4, 1, 5, 2, 6, 3, 7)  # operand order
+MXFP4_SCALE_OFFSET = 14  # fp16 operands hold code * 2^-14
+# Where weights.cuh finds code i of four in a 16-bit half: the shift of its sign, the shift of its magnitude.
+_CODE_BITS = ((15, 9), (12, 6), (14, 3), (13, 0))
+
+
+class Format(IntEnum):
+    """How weights are stored; the name is the kernels' -D definition less WEIGHTS_."""
+
+    DENSE = 0
+    INT8 = 1
+    MXFP4 = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The size and the form of one packed matrix, logical shape (rows, columns).
+
+    group: columns that share a scale, for INT8. bf16: both operands of the products are bf16, else fp16.
+    scale_bf16: INT8 scales are bf16, else fp16.
+    """
+
+    format: Format
+    rows: int
+    columns: int
+    group: int = BLOCK
+    bf16: bool = False
+    scale_bf16: bool = False
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 64 columns."""
+        return -(-self.columns // CHUNK)
+
+    @property
+    def group_blocks(self) -> int:
+        """Blocks of 32 columns that share a scale."""
+        return self.group // BLOCK
+
+    @property
+    def scale_units(self) -> int:
+        """Scale words that each pair of rows of a tile has."""
+        match self.format:
+            case Format.INT8:
+                return -(-2 * self.chunks // self.group_blocks)
+            case Format.MXFP4:
+                return self.chunks
+        return 0
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes: 16, 8 or 4 bits each."""
+        vectors = {Format.DENSE: 4, Format.INT8: 2, Format.MXFP4: 1}[self.format]
+        return self.tiles * self.chunks * vectors * 512
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return self.code_bytes + self.tiles * self.scale_units * 8 * 4
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """What the kernels that read this matrix are compiled with."""
+        flags = {
+            f"WEIGHTS_{self.format.name}": True,
+            "OPERAND_BF16": self.bf16,
+            "SCALE_BF16": self.scale_bf16,
+        }
+        return tuple((name, 1) for name, wanted in flags.items() if wanted)
+
+
+def plain_rows(rows: int) -> Array:
+    """Name the source row of each packed row: as they come; int32 (tiles * 16,), -1 for padding."""
+    order = np.full(-(-rows // TILE_ROWS) * TILE_ROWS, -1, np.int32)
+    order[:rows] = np.arange(rows)
+    return order
+
+
+def gate_up_rows(intermediate: int) -> Array:
+    """Order gate0, up0, gate1, ... so that a lane has a gate (row g) and its up (row g + 8).
+
+    The tile count is even, so that the result has a whole number of chunks of 64 columns: that is
+    ceil(intermediate / 64) * 8 tiles, the surplus rows -1.
+    """
+    pairs = np.arange(-(-intermediate // CHUNK) * CHUNK, dtype=np.int32).reshape(-1, 1, 8)
+    order = 2 * pairs + np.array([[0], [1]], np.int32)  # (tiles, gate | up, 8)
+    return np.where(order < 2 * intermediate, order, -1).reshape(-1).astype(np.int32)
+
+
+def rope_rows(heads: int, head_dim: int) -> Array:
+    """Order the rows of each head so that a lane has both of a pair that RoPE rotates: i and i + half."""
+    half = np.arange(head_dim // 2, dtype=np.int32).reshape(-1, 1, 8)
+    head = (half + np.array([[0], [head_dim // 2]], np.int32)).reshape(-1)
+    return (np.arange(heads, dtype=np.int32)[:, None] * head_dim + head).reshape(-1).astype(np.int32)
+
+
+def _take_rows(array: Array, order: Array) -> Array:
+    """Gather rows (..., R, C) -> (..., len(order), C), zeros for -1."""
+    taken = array[..., np.maximum(order, 0), :]
+    taken[..., order < 0, :] = 0
+    return taken
+
+
+def _pad_columns(array: Array, columns: int) -> Array:
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, columns - array.shape[-1])]
+    return np.pad(array, widths)
+
+
+def _fragments(values: Array) -> Array:
+    """Turn (..., rows, columns) into (..., tile, chunk, block, half, g, t, eight in operand order)."""
+    *outer, rows, columns = values.shape
+    split = values.reshape(*outer, rows // TILE_ROWS, 2, 8, columns // CHUNK, 2, 4, 8)[..., _EIGHT]
+    n = len(outer)  # axes now: tile, half, g, chunk, block, t, eight
+    return split.transpose(*range(n), n, n + 3, n + 4, n + 1, n + 2, n + 5, n + 6)
+
+
+def pack_dense(layout: Layout, bits: Array, order: Array) -> Array:
+    """Pack the bits of fp16 or bf16 values, uint16 (E, N, K) -> uint8 (E, layout.nbytes)."""
+    values = _fragments(_pad_columns(_take_rows(bits, order), layout.chunks * CHUNK))
+    return np.ascontiguousarray(values).reshape(len(bits), -1).view(np.uint8)
+
+
+def pack_int8(layout: Layout, codes: Array, scales: Array, order: Array) -> Array:
+    """Pack int8 codes (E, N, K) and the bits of their scales uint16 (E, N, K / group)."""
+    biased = _pad_columns(_take_rows(codes, order), layout.chunks * CHUNK).view(np.uint8) ^ np.uint8(128)
+    values = _fragments(biased).swapaxes(-4, -3).swapaxes(-3, -2)  # ..., block, g, t, half, eight
+    packed = np.ascontiguousarray(values).reshape(len(codes), -1)
+    scales = _pad_columns(_take_rows(scales, order), layout.scale_units)
+    scales = scales.reshape(len(codes), -1, 2, 8, layout.scale_units)  # E, tile, half, g, unit
+    words = np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 2)).reshape(len(codes), -1).view(np.uint8)
+    return np.concatenate([packed, words], axis=1)
+
+
+def pack_mxfp4(layout: Layout, blocks: Array, scales: Array, order: Array) -> Array:
+    """Pack blocks uint8 (E, N, K / 32, 16) and E8M0 scales uint8 (E, N, K / 32).
+
+    With fp16 operands the caller has seen that `mxfp4_fits_half(scales)`; blocks below 2^-28 become zero.
+    """
+    E, N, units, _ = blocks.shape
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(E, N, units, BLOCK)
+    if not layout.bf16:
+        small = scales < MXFP4_HALF_SCALES[0]
+        codes = np.where(small[..., None], 0, codes)
+        scales = np.where(small, MXFP4_HALF_SCALES[0], scales) + np.uint8(MXFP4_SCALE_OFFSET)
+    codes = _pad_columns(_take_rows(codes.reshape(E, N, -1), order), layout.chunks * CHUNK)
+    split = codes.reshape(E, -1, 2, 8, layout.chunks, 2, 4, 2, 4).astype(np.uint16)
+    halves = np.zeros(split.shape[:-1], np.uint16)
+    for i, (sign, magnitude) in enumerate(_CODE_BITS):
+        code = split[..., i]
+        halves |= (code >> 3) << np.uint16(sign) | (code & 7) << np.uint16(magnitude)
+    # axes: E, tile, half, g, chunk, block, t, low | high -> E, tile, chunk, g, t, block, half, low | high
+    words = np.ascontiguousarray(halves.transpose(0, 1, 4, 3, 6, 5, 2, 7)).reshape(E, -1).view(np.uint8)
+    scales = _pad_columns(_take_rows(scales.astype(np.uint8), order), 2 * layout.chunks)
+    scales = scales.reshape(E, -1, 2, 8, layout.chunks, 2)  # E, tile, half, g, chunk, block
+    packed = np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 5, 2)).reshape(E, -1)
+    return np.concatenate([words, packed], axis=1)
+
+
+# Scale bytes that fp16 operands can represent: 2^(s + 14 - 127) is a normal fp16 number.
+MXFP4_HALF_SCALES = (99, 128)
+
+
+def operands(x: Array, bf16: bool = False) -> Array:
+    """Round float32 rows (T, K) to operands: uint16 (T, K padded to 64), operand order."""
+    padded = _pad_columns(np.asarray(x, np.float32), -(-x.shape[-1] // CHUNK) * CHUNK)
+    ordered = padded.reshape(*padded.shape[:-1], -1, 8)[..., _EIGHT].reshape(padded.shape)
+    if not bf16:
+        return ordered.astype(np.float16).view(np.uint16)
+    bits = np.ascontiguousarray(ordered).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_operands(bits: Array, columns: int, bf16: bool = False) -> Array:
+    """Undo `operands`: uint16 (T, padded) -> float32 (T, columns)."""
+    values = (bits.astype(np.uint32) << 16).view(np.float32) if bf16 else bits.view(np.float16)
+    inverse = np.argsort(_EIGHT)
+    natural = values.reshape(*values.shape[:-1], -1, 8)[..., inverse].reshape(values.shape)
+    return natural[..., :columns].astype(np.float32)
