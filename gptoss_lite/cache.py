@@ -17,6 +17,7 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
 
 BLOCK_TOKENS = 16
+MAX_SEQUENCES = 16  # under way at once in an Engine, unless it is told otherwise
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -66,6 +66,19 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredForm:
+    """How a checkpoint holds one tensor.
+
+    dtype: "BF16", "F16", "F32", or of a packed one, scales included, "MXFP4" or "INT8". group: columns
+    that share a scale, for INT8.
+    """
+
+    dtype: str
+    nbytes: int
+    group: int = 32
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """An opened checkpoint: every tensor of the model under Hugging Face's names, still on disk.
 
@@ -89,6 +102,20 @@ class Checkpoint:
         """Bytes of all these tensors on disk; tied ones count once."""
         sizes = {piece.stored.name: piece.stored.data.size for piece in self._pieces.values()}
         return sum(sizes.values())
+
+    def forms(self) -> dict[str, StoredForm]:
+        """Tell how each tensor is held, from the headers alone; of tied tensors the first has the bytes."""
+        forms: dict[str, StoredForm] = {}
+        seen: set[tuple[str, str]] = set()
+        for name, piece in self._pieces.items():
+            stored, rows = piece.stored, piece.rows.stop - piece.rows.start
+            tied = (stored.name, str(piece.rows)) in seen
+            seen.add((stored.name, str(piece.rows)))
+            nbytes = 0 if tied else stored.data.size // stored.shape[0] * rows
+            base = re.sub("_(blocks|scales)$", "", name)
+            dtype = stored.dtype if base == name else "MXFP4"
+            forms[base] = StoredForm(dtype, nbytes + (forms[base].nbytes if base in forms else 0))
+        return forms
 
     def tensor(self, name: str) -> NDArray[Any] | MXFP4Tensor:
         """Return one tensor, mapped and read-only: disk is read where it is first touched.

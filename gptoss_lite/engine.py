@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import BlockPool, Pages, pool_blocks
+from gptoss_lite.cache import MAX_SEQUENCES, BlockPool, Pages, pool_blocks
 from gptoss_lite.errors import RequestError
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops.base import Array, Pending
@@ -94,7 +94,7 @@ class Engine:
         self,
         model: GptOss,
         *,
-        max_sequences: int = 16,
+        max_sequences: int = MAX_SEQUENCES,
         step_tokens: int | None = None,
         cache_tokens: int | None = None,
     ) -> None:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from gptoss_lite.cache import BLOCK_TOKENS, pool_blocks
-from gptoss_lite.checkpoint import Checkpoint
+from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES, pool_blocks
+from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError, RequestError
 from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout, gate_up_rows
 
-MAX_SEQUENCES = 16
 # Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
 # between allocations.
 RESERVED = 600 << 20
@@ -29,19 +28,6 @@ _GIB = 1 << 30
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 EmbeddingPlace = Literal["auto", "device", "host"]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """How a checkpoint holds one tensor.
-
-    dtype: "BF16", "F16", "F32", or of a packed one, scales included, "MXFP4" or "INT8". group: columns
-    that share a scale, for INT8.
-    """
-
-    dtype: str
-    nbytes: int
-    group: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +130,7 @@ def make_plan(
 ) -> Plan:
     """Decide what lies where on a device with `device_bytes`; None sets no bound.
 
-    stored: the checkpoint's tensors, see `stored_forms`. The others are as the Engine takes them, None
+    stored: the checkpoint's tensors, see `Checkpoint.forms`. The others are as the Engine takes them, None
     cache_tokens being one model context. All goes to the device if it can; else the embedding goes to the
     host, unless it is bound to the device; else the experts of as few of the last layers as will do, and
     what the device has left keeps the experts of those layers that are most in demand.
@@ -174,25 +160,6 @@ def make_plan(
     room = device_bytes - RESERVED - (least.device_bytes - least.kv_bytes)
     fitting = _most_cache_tokens(config, tokens, max_sequences, step_tokens, room)
     raise OutOfMemoryError(_refusal(plan, least, device_bytes, fitting, embedding))
-
-
-def stored_forms(checkpoint: Checkpoint) -> dict[str, StoredForm]:
-    """Tell how an opened checkpoint holds each of its tensors, from the headers; reads no tensor.
-
-    Of tied tensors the first has the bytes.
-    """
-    forms: dict[str, StoredForm] = {}
-    seen: set[str] = set()
-    for name, piece in checkpoint._pieces.items():
-        stored = piece.stored
-        rows = piece.rows.stop - piece.rows.start
-        tied = f"{stored.name} {piece.rows}" in seen
-        seen.add(f"{stored.name} {piece.rows}")
-        nbytes = 0 if tied else stored.data.size // stored.shape[0] * rows
-        base = re.sub("_(blocks|scales)$", "", name)
-        dtype = stored.dtype if base == name else "MXFP4"
-        forms[base] = StoredForm(dtype, nbytes + (forms[base].nbytes if base in forms else 0))
-    return forms
 
 
 def kv_bytes(config: ModelConfig, cache_tokens: int, max_sequences: int, step_tokens: int) -> tuple[int, int]:

@@ -164,9 +164,9 @@ class GptOss:
         """
         config = checkpoint.config
         self.cache_tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
-        plan = ops.reserve(checkpoint, self.cache_tokens)
-        if plan is not None and planned is not None:
-            planned(plan)
+        self.config = config
+        self.ops = ops
+        self.rope = yarn(config.rope, config.head_dim)
         done = 0
 
         def note(nbytes: int) -> None:
@@ -175,15 +175,15 @@ class GptOss:
             if progress is not None:
                 progress(done, checkpoint.nbytes)
 
-        read = WeightReader(checkpoint, ops, note)
-        self.config = config
-        self.ops = ops
-        self.rope = yarn(config.rope, config.head_dim)
-        self.embedding = read.matrix("model.embed_tokens.weight", Use("embedding"))
-        self.layers = [Block.load(read, config, layer) for layer in range(config.num_hidden_layers)]
-        self.norm, reach = read.norm("model.norm.weight", config.rms_norm_eps)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self.lm_head = Linear(read.matrix(head, Use("lm_head", reach=reach)))
+        with ops.loading(checkpoint, self.cache_tokens) as plan:
+            if plan is not None and planned is not None:
+                planned(plan)
+            read = WeightReader(checkpoint, ops, note)
+            self.embedding = read.matrix("model.embed_tokens.weight", Use("embedding"))
+            self.layers = [Block.load(read, config, layer) for layer in range(config.num_hidden_layers)]
+            self.norm, reach = read.norm("model.norm.weight", config.rms_norm_eps)
+            head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            self.lm_head = Linear(read.matrix(head, Use("lm_head", reach=reach)))
 
     def network(self, batch: Batch, cache: KVCache) -> Any:
         """Compute one ragged batch in the backend's own form: appends to the cache, returns logits."""

@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 
 from gptoss_lite.cache import pool_blocks
-from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
+from gptoss_lite.checkpoint import Checkpoint, StoredForm, open_checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine
 from gptoss_lite.errors import OutOfMemoryError, RequestError
 from gptoss_lite.memory import (
     Plan,
-    StoredForm,
     format_gib,
     lines,
     make_plan,
     parse_size,
-    stored_forms,
     workspace,
     workspace_bytes,
 )
@@ -120,7 +118,7 @@ def plan(checkpoints: dict[str, Checkpoint]) -> Callable[..., Plan]:
 
     def make(size: str, device_bytes: int | None = None, **options: Any) -> Plan:
         checkpoint = checkpoints[size]
-        forms = stored_forms(checkpoint)
+        forms = checkpoint.forms()
         return make_plan(
             checkpoint.config, forms, device_bytes=device_bytes, **{"step_tokens": STEP} | options
         )
@@ -259,7 +257,7 @@ def test_odd_sizes_are_padded_to_whole_tiles() -> None:
 
 def test_every_layout_is_counted_whole(layout: Path) -> None:
     checkpoint = open_checkpoint(layout)
-    forms = stored_forms(checkpoint)
+    forms = checkpoint.forms()
     assert set(forms) == set(checkpoint.names())
     assert sum(form.nbytes for form in forms.values()) == checkpoint.nbytes
     assert (
@@ -272,7 +270,7 @@ def test_tied_weights_are_once_in_the_checkpoint_and_twice_in_memory(
     tmp_path: Path, plan: Callable[..., Plan]
 ) -> None:
     checkpoint = open_checkpoint(write_sparse(tmp_path / "tied", "20b", 1, tied=True))
-    made = make_plan(checkpoint.config, stored_forms(checkpoint), device_bytes=None, step_tokens=STEP)
+    made = make_plan(checkpoint.config, checkpoint.forms(), device_bytes=None, step_tokens=STEP)
     assert made.checkpoint_bytes == checkpoint.nbytes == plan("20b").checkpoint_bytes - 201088 * 2880 * 2
     assert made.weight_bytes == plan("20b").weight_bytes  # one is read by rows, the other in tiles
 
@@ -287,7 +285,7 @@ def test_a_plan_reads_no_tensor(
     monkeypatch.setattr(StoredTensor, "verify", refuse)
     start = time.perf_counter()
     checkpoint = open_checkpoint(checkpoints["120b"].path)
-    made = make_plan(checkpoint.config, stored_forms(checkpoint), device_bytes=24 * GB, step_tokens=STEP)
+    made = make_plan(checkpoint.config, checkpoint.forms(), device_bytes=24 * GB, step_tokens=STEP)
     assert time.perf_counter() - start < 1
     assert made.checkpoint_bytes > 65e9
 

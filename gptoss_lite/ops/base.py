@@ -1,7 +1,8 @@
 """The specification: each step of gpt-oss in plain float32 array code; backends override what is hot."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -65,12 +66,14 @@ class Ops:
     cache_dtype: ClassVar[Any] = np.float32
     step_tokens: ClassVar[int] = 512  # computed at a time: bounds what a long prompt needs besides its cache
 
-    def reserve(self, checkpoint: Checkpoint, cache_tokens: int) -> "Plan | None":
-        """Decide what will lie where, before anything is read; raises OutOfMemoryError if nothing fits.
+    @contextmanager
+    def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> "Iterator[Plan | None]":
+        """Enclose the reading of one model: decide what will lie where, and afterwards let go of scratch.
 
-        None where memory is the host's, and the operating system's affair.
+        Yields None where memory is the host's, and the operating system's affair. Raises OutOfMemoryError if
+        nothing fits.
         """
-        return None
+        yield None
 
     def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
         """Compute one forward pass -> logits float32 (R, vocab_size) of the batch's rows."""

@@ -139,7 +139,10 @@ def _fragments(values: Array) -> Array:
 def pack_dense(layout: Layout, bits: Array, order: Array) -> Array:
     """Pack the bits of fp16 or bf16 values, uint16 (E, N, K) -> uint8 (E, layout.nbytes)."""
     values = _fragments(_pad_columns(_take_rows(bits, order), layout.chunks * CHUNK))
-    return np.ascontiguousarray(values).reshape(len(bits), -1).view(np.uint8)
+    split = values.reshape(*values.shape[:-1], 2, 2, 2)
+    # axes: E, tile, chunk, block, half, g, t, mma, pair, low | high -> ..., mma, g, t, pair, half, low | high
+    packed = np.ascontiguousarray(split.transpose(0, 1, 2, 3, 7, 5, 6, 8, 4, 9))
+    return packed.reshape(len(bits), -1).view(np.uint8)
 
 
 def pack_int8(layout: Layout, codes: Array, scales: Array, order: Array) -> Array:

@@ -38,9 +38,10 @@ DEVICE float gumbel(u32 word) {
   return -logf(inner);
 }
 
-// Unsigned numbers in the order of the floats; -0 and 0 are the same, as equal values must tie.
+// Unsigned numbers in the order of the floats, denormal ones too; -0 and 0 are the same, as equal values must
+// tie.
 DEVICE u32 orderable(float x) {
-  const u32 bits = __float_as_uint(x + 0.f);
+  const u32 sign = 0x80000000u, bits = __float_as_uint(x) == sign ? 0 : __float_as_uint(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 

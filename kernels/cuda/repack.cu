@@ -21,29 +21,35 @@ DEVICE float read_float(const void* source, u64 i, int kind) {
   return kind == FP16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-// A thread packs eight columns of a row: one 16-byte vector.
+DEVICE u16 read_bits(const void* source, u64 i, int kind, int bf16_out) {
+  if (kind == (bf16_out ? BF16 : FP16)) return reinterpret_cast<const u16*>(source)[i];
+  const float value = read_float(source, i, kind);
+  return bf16_out ? float_to_bf16(value) : float_to_half(value);
+}
+
+// A thread packs the A operand of one mma: of eight columns, four of row g and four of row g + 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
     pack_dense(const void* __restrict__ source, const int* __restrict__ order, uint4* __restrict__ codes,
                int columns, int tiles, int chunks, int kind, int bf16_out) {
-  const int i = thread_index(), lane = i % WARP, half = i / WARP % 2, block = i / (2 * WARP) % 2;
+  const int i = thread_index(), lane = i % WARP, product = i / WARP % 2, block = i / (2 * WARP) % 2;
   const int chunk = i / (4 * WARP) % chunks, tile = i / (4 * WARP) / chunks;
   if (tile >= tiles) return;
-  const int row = order[tile * TILE_ROWS + half * 8 + lane / 4], column = first_column(chunk, block, lane);
-  u16 bits[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (row >= 0 && column < columns) {
-    const u64 from = (u64)row * columns + column;
+  const int column = first_column(chunk, block, lane) + 2 * product;
+  u32 words[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (kind == (bf16_out ? BF16 : FP16)) {
-        bits[j] = reinterpret_cast<const u16*>(source)[from + j];
-      } else {
-        const float value = read_float(source, from + j, kind);
-        bits[j] = bf16_out ? float_to_bf16(value) : float_to_half(value);
+  for (int half = 0; half < 2; ++half) {
+    const int row = order[tile * TILE_ROWS + half * 8 + lane / 4];
+    if (row >= 0 && column < columns) {
+      const u64 from = (u64)row * columns + column;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+#pragma unroll
+        for (int high = 0; high < 2; ++high)
+          words[2 * pair + half] |= (u32)read_bits(source, from + pair + 4 * high, kind, bf16_out) << 16 * high;
       }
     }
   }
-  codes[i] = make_uint4(bits[0] | (u32)bits[4] << 16, bits[1] | (u32)bits[5] << 16,
-                        bits[2] | (u32)bits[6] << 16, bits[3] | (u32)bits[7] << 16);
+  codes[i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // A thread packs eight columns of rows g and g + 8, one 16-byte vector; those past the vectors pack two

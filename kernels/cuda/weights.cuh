@@ -12,7 +12,7 @@
 #include "operands.cuh"
 
 #if defined(WEIGHTS_DENSE)
-constexpr int VECTORS = 4;  // 16-bit values, [block][row g, row g + 8], each eight in operand order
+constexpr int VECTORS = 4;  // 16-bit values, [block][mma]: the A operand of one mma, as mma wants it
 #elif defined(WEIGHTS_INT8)
 constexpr int VECTORS = 2;  // codes + 128, [block]: two words of row g, two of row g + 8, in operand order
 #elif defined(WEIGHTS_MXFP4)
@@ -118,9 +118,8 @@ DEVICE void unpack_block(const Chunk& chunk, int block, u32 (&a)[8]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #if defined(WEIGHTS_DENSE)
-    const uint4 v = chunk.codes[2 * block + half];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[4 * half + i] = word(v, i);
+    for (int i = 0; i < 4; ++i) a[4 * half + i] = word(chunk.codes[2 * block + i / 2], i % 2 * 2 + half);
 #elif defined(WEIGHTS_INT8)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

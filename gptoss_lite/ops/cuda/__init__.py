@@ -1,7 +1,8 @@
 """The CUDA backend: the network's steps as launches of our own kernels, on a GPU or on the emulator."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,9 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
 from gptoss_lite.kernels.cuda.layout import CHUNK
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
-from gptoss_lite.memory import Plan, make_plan, stored_forms
+from gptoss_lite.memory import Plan, make_plan
 from gptoss_lite.ops.base import Linear, Network, Norm, Ops, Pending, Use
+from gptoss_lite.ops.cuda.scratch import Scratch
 from gptoss_lite.ops.cuda.step import Shape, Step, StepBuffers, lay_out
 from gptoss_lite.ops.cuda.weights import Matrix, Router, WeightStore
 from gptoss_lite.rope import Rope
@@ -24,7 +26,8 @@ from gptoss_lite.sampling import Draw, Sampled, not_finite, sample_each
 HEAD_DIM = 64
 _DECODE_TILE, _PREFILL_TILE = 8, 64  # rows of one expert that are computed together
 _MOST_SPLITS = 64
-_MOST_DRAWN_ROWS = 64  # more wanted rows than this are a prompt's, and are computed as a prompt is
+_MOST_ROWS = 64  # wanted without a draw: more are a prompt's, and are computed as a prompt is
+_MOST_DRAWS = 4096  # in one step
 
 
 class Tiles(NamedTuple):
@@ -50,20 +53,27 @@ class CUDAOps(Ops):
         self._weights: WeightStore
         self._lock = threading.RLock()
         self._step_buffers = StepBuffers(runtime)
-        self._buffers: dict[str, Array] = {}
         # Launches of steps without prefill, None for those that ran once; they hold while the cache lives.
         self._recordings: WeakKeyDictionary[KVCache, dict[tuple[Network, Shape], Any]] = WeakKeyDictionary()
-        self._step: Step  # the one whose launches are being made
+        self._scratch = Scratch(runtime, moved=self._recordings.clear)
+        # What the last step over a cache drew, by row: a cache belongs to one engine.
+        self._drawn: WeakKeyDictionary[KVCache, Array] = WeakKeyDictionary()
+        self._step: Step  # the one whose launches are being made, and its cache
+        self._cache: KVCache
+        self._pieces: list[Any] = []  # its logits, on the host, where they are many
 
-    def reserve(self, checkpoint: Checkpoint, cache_tokens: int) -> Plan:
-        """See Ops.reserve; what is read afterwards goes where the plan says."""
+    @contextmanager
+    def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> Iterator[Plan]:
+        """See Ops.loading."""
         free, _ = self._runtime.memory()
         plan = make_plan(
-            checkpoint.config, stored_forms(checkpoint), step_tokens=self.step_tokens,
+            checkpoint.config, checkpoint.forms(), step_tokens=self.step_tokens,
             device_bytes=min(free, self._device_memory or free), cache_tokens=cache_tokens,
         )  # fmt: skip
         self._weights = WeightStore(self._runtime, plan)
-        return plan
+        self._choices = checkpoint.config.num_experts_per_tok
+        yield plan
+        self._weights.finish()
 
     def prepare(self, tensor: Any, use: Use) -> Any:
         """Upload a weight and bring it into fragment order on the device."""
@@ -84,14 +94,23 @@ class CUDAOps(Ops):
                 for kind in config.layer_types
             )
 
-        return KVCache(allocate(), allocate())
+        cache = KVCache(allocate(), allocate())
+        self._drawn[cache] = self._runtime.empty((_MOST_DRAWS,), np.int32)
+        return cache
 
     def run(self, network: Network, batch: Batch, cache: KVCache) -> Any:
         """See Ops.run."""
         with self._lock:
             step = self._upload(batch, None)
-            logits = self._runtime.fetch(self._launch(network, step, cache))
-        return logits()[: len(batch.rows)]
+            self._launch(network, step, cache)
+            chosen = self._fetch_chosen(step)
+            if _is_prompt(step.shape):
+                logits = np.concatenate(self._pieces)
+                self._pieces.clear()
+            else:
+                logits = self._runtime.fetch(self._logits_buffer(step.shape))()
+            self._note(chosen)
+        return logits[: len(batch.rows)]
 
     def can_run_ahead(self, draw: Draw) -> bool:
         """See Ops.can_run_ahead: where the device draws, it needs no word from the host."""
@@ -101,11 +120,12 @@ class CUDAOps(Ops):
         """See Ops.begin."""
         with self._lock:
             step = self._upload(batch, draws)
+            self._launch(network, step, cache)
+            chosen = self._fetch_chosen(step)
             if not draws:  # part of a prompt: nobody waits for it
-                self._launch(network, step, cache)
                 return list
-            logits = self._launch(network, step, cache)
-            results = self._runtime.fetch(self._buffer("results", (step.shape.rows, 2), np.int32))
+            logits = self._logits_buffer(step.shape)
+            results = self._runtime.fetch(self._scratch.array("results", (step.shape.rows, 2), np.int32))
             on_host = {
                 row: self._runtime.fetch(logits[row : row + 1])
                 for row, draw in enumerate(draws)
@@ -113,6 +133,7 @@ class CUDAOps(Ops):
             }
 
         def finish() -> list[Sampled | Exception]:
+            self._note(chosen)
             drawn: list[Sampled | Exception] = []
             for row, (draw, (token, failed)) in enumerate(zip(draws, results().tolist(), strict=False)):
                 if row in on_host:
@@ -126,48 +147,55 @@ class CUDAOps(Ops):
         return finish
 
     def _upload(self, batch: Batch, draws: Sequence[Draw] | None) -> Step:
+        """Put a batch on the device, after the experts that it will likely want."""
+        self._weights.hot.promote()
         on_host = draws is None or not all(map(_drawn_on_device, draws))
         return self._step_buffers.upload(*lay_out(batch, draws, logits=on_host))
 
-    def _launch(self, network: Network, step: Step, cache: KVCache) -> Array:
-        """Queue a step's launches, or replay them; returns where the logits will be."""
+    def _launch(self, network: Network, step: Step, cache: KVCache) -> None:
+        """Queue a step's launches, or replay them."""
         shape = step.shape
-        logits = self._logits_buffer(shape)
 
         def work() -> None:
-            self._step = step
+            self._step, self._cache = step, cache
             network(step, cache)
             if shape.draws:
-                self._draw(step, logits)
+                self._draw(step)
 
-        if shape.prefills:
+        if shape.prefills or _is_prompt(shape):
             work()
-            return logits
+            return
         recordings, key = self._recordings.setdefault(cache, {}), (network, shape)
         if key not in recordings:  # once as it is: recording wants every kernel loaded and every buffer there
             work()
             self._recordings.setdefault(cache, {})[key] = None
-            return logits
+            return
         if recordings[key] is None:
             recordings[key] = self._runtime.capture(work)
         self._runtime.replay(recordings[key])
-        return logits
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Give scratch memory that keeps its place from step to step, until a larger one is asked for."""
-        count = int(np.prod(shape))
-        if name not in self._buffers or len(self._buffers[name]) < count:
-            self._buffers[name] = self._runtime.empty(max(count, 1), dtype)
-            self._recordings.clear()  # they may have the buffer's old place
-        return self._buffers[name][:count].reshape(shape)
+    def _fetch_chosen(self, step: Step) -> Callable[[], Any] | None:
+        """Queue the fetching of the choices of experts that lie on the host, for the next steps' sake."""
+        layers = len(self._weights.hot.layers)
+        return self._runtime.fetch(self._host_ids(step.shape.tokens)) if layers else None
+
+    def _note(self, chosen: Callable[[], Any] | None) -> None:
+        if chosen is not None:
+            self._weights.hot.note(chosen())
+
+    def _host_ids(self, tokens: int) -> Array:
+        """Where the choices of layers with experts on the host are kept, (layers, T, k)."""
+        hot = self._weights.hot
+        return self._scratch.array("host_ids", (len(hot.layers), tokens, self._choices), np.int32)
 
     def embed(self, table: Any, rope: Rope, batch: Any) -> tuple[Array, Array]:
         """See Ops.embed; a negative token -1 - r stands for what row r of the step before drew."""
         tokens = batch.shape.tokens
-        x = self._buffer("x", (tokens, table.hidden), np.float32)
-        rotation = self._buffer("rotation", (tokens, HEAD_DIM), np.float32)
+        x = self._scratch.array("x", (tokens, table.hidden), np.float32)
+        rotation = self._scratch.array("rotation", (tokens, HEAD_DIM), np.float32)
+        inv_freq = self._scratch.filled("inv_freq", rope.inv_freq)
         dense.embed(
-            self._runtime, table.data, batch.tokens, self._drawn, batch.positions, self._inv_freq(rope), x,
+            self._runtime, table.data, batch.tokens, self._drawn[self._cache], batch.positions, inv_freq, x,
             rotation, concentration=rope.concentration, fp16=table.is_fp16,
         )  # fmt: skip
         return x, rotation
@@ -180,7 +208,7 @@ class CUDAOps(Ops):
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         weight: Matrix = w.weight
         heads = weight.layout.rows // HEAD_DIM - 2 * keys.shape[1]
-        q = self._buffer("q", (len(x), heads, HEAD_DIM), np.float32)
+        q = self._scratch.array("q", (len(x), heads, HEAD_DIM), np.float32)
         if d:
             dense.qkv_decode(
                 runtime, x[:d], norm.weight, weight.data, weight.layout, w.bias, rotation[:d],
@@ -188,7 +216,7 @@ class CUDAOps(Ops):
             )  # fmt: skip
         if batch.shape.prefills:
             h = self._normalised(x[d:], None, norm, weight.layout.bf16)
-            projected = self._buffer("projected", (len(h), weight.layout.rows), np.float32)
+            projected = self._scratch.array("projected", (len(h), weight.layout.rows), np.float32)
             gemm.linear(runtime, h, weight.data, weight.layout, weight.order, w.bias, projected)
             attention.rotate_append(
                 runtime, projected, rotation[d:], batch.sequence_of[d:], batch.positions[d:], table, keys,
@@ -203,7 +231,7 @@ class CUDAOps(Ops):
         """See Ops.attention; the result is in operand order, in the type that out_proj's products want."""
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         heads, key_heads = q.shape[1], keys.shape[1]
-        out = self._buffer("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
+        out = self._scratch.array("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
         options: dict[str, Any] = {
             "window": window or 0, "bf16_out": self._weights.bf16["out", layer], "kv_fp16": self._kv_fp16
         }  # fmt: skip
@@ -211,10 +239,10 @@ class CUDAOps(Ops):
             # A sequence's own length decides how many splits it takes; this is the most that any could.
             splits = min(_MOST_SPLITS, -(-batch.shape.width // attention.BLOCKS_PER_SPLIT))
             floats, counters = attention.decode_workspace(d, heads, key_heads, splits)
-            partial = self._buffer("partial", (floats,), np.float32)
+            partial = self._scratch.array("partial", (floats,), np.float32)
             attention.attention_decode(
                 runtime, q[:d], keys, values, table[:d], batch.positions[:d], sinks, out[:d], partial,
-                self._counters("attention", counters), splits=splits, **options,
+                self._scratch.counters("attention_counters", counters), splits=splits, **options,
             )  # fmt: skip
         if batch.shape.prefills:
             attention.attention_prefill(
@@ -238,25 +266,34 @@ class CUDAOps(Ops):
     def route(self, x: Array, norm: Norm, router: Linear, k: int) -> tuple[Array, Array, Array]:
         """See Ops.route; h is in operand order, in the type that the experts' products want."""
         weight: Router = router.weight
-        h = self._buffer("h", (len(x), padded(x.shape[1])), np.uint16)
-        ids = self._buffer("ids", (len(x), k), np.int32)
-        weights = self._buffer("weights", (len(x), k), np.float32)
-        logits = self._buffer("router_logits", (len(x), len(weight.data)), np.float32)
+        h = self._scratch.array("h", (len(x), padded(x.shape[1])), np.uint16)
+        ids = self._ids(weight.layer, len(x), k)
+        weights = self._scratch.array("weights", (len(x), k), np.float32)
+        logits = self._scratch.array("router_logits", (len(x), len(weight.data)), np.float32)
         routing.route(
             self._runtime, x, norm.weight, weight.data, router.bias, self._step.positions, h, ids, weights,
-            logits, self._counters("router", len(x)), eps=norm.eps,
+            logits, self._scratch.counters("router_counters", len(x)), eps=norm.eps,
             bf16=self._weights.bf16["gate_up", weight.layer],
         )  # fmt: skip
         return h, ids, weights
+
+    def _ids(self, layer: int, tokens: int, k: int) -> Array:
+        """Where a layer's choices go, (T, k); they are kept for layers whose experts lie on the host."""
+        layers = self._weights.hot.layers
+        if layer not in layers:
+            return self._scratch.array("ids", (tokens, k), np.int32)
+        return self._host_ids(tokens)[layers.index(layer)]
 
     def experts(
         self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array
     ) -> Array:
         """See Ops.experts; x is changed in place."""
-        d, total = self._step.shape.decodes, len(x)
-        for rows, tile in ((slice(0, d), _DECODE_TILE), (slice(d, total), _PREFILL_TILE)):
-            if rows.start < rows.stop:
-                self._experts(h[rows], ids[rows], weights[rows], gate_up, down, limit, x[rows], tile)
+        d, total, most = self._step.shape.decodes, len(x), moe.MAX_PAIRS // ids.shape[1]
+        parts = [(slice(start, min(start + most, d)), _DECODE_TILE) for start in range(0, d, most)]
+        if d < total:
+            parts.append((slice(d, total), _PREFILL_TILE))
+        for rows, tile in parts:
+            self._experts(h[rows], ids[rows], weights[rows], gate_up, down, limit, x[rows], tile)
         return x
 
     def _experts(
@@ -267,7 +304,7 @@ class CUDAOps(Ops):
         runtime, up, out = self._runtime, gate_up.weight, down.weight
         pairs, bf16 = ids.size, out.layout.bf16
         order, place, tiles = self._group(ids, len(up.table), tile)
-        inner = self._buffer("inner", (pairs, out.layout.chunks * CHUNK), np.uint16)
+        inner = self._scratch.array("inner", (pairs, out.layout.chunks * CHUNK), np.uint16)
         if tile == _DECODE_TILE:
             moe.gate_up_decode(
                 runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit,
@@ -280,7 +317,7 @@ class CUDAOps(Ops):
         gemm.moe_gate_up_prefill(
             runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit, bf16_out=bf16
         )
-        y = self._buffer("y", (pairs, x.shape[1]), np.float32)
+        y = self._scratch.array("y", (pairs, x.shape[1]), np.float32)
         gemm.moe_down_prefill(runtime, inner, out.table, out.layout, down.bias, *tiles, y)
         gemm.combine(runtime, y, place, weights, x)
 
@@ -288,16 +325,20 @@ class CUDAOps(Ops):
         """Sort pairs (token, choice) by expert: each one's token, where each went (T, k), and the tiles."""
         pairs = ids.size
         if len(ids) == 1:  # nothing to sort: each choice of the one token is a tile of its own
-            zeros, numbers, ones, count = self._one_token(pairs)
-            return zeros, numbers.reshape(1, -1), Tiles(ids.reshape(-1), numbers, ones, count)
+            number = np.arange(pairs, dtype=np.int32)
+            start = self._scratch.filled("one_token_start", number)
+            rows = self._scratch.filled("one_token_rows", np.ones_like(number))
+            count = self._scratch.filled("one_token_count", np.array([pairs], np.int32))
+            order = self._scratch.filled("one_token_order", np.zeros_like(number))
+            return order, start.reshape(1, -1), Tiles(ids.reshape(-1), start, rows, count)
         most = routing.tile_capacity(pairs, experts, tile)
-        order = self._buffer("order", (pairs,), np.int32)
-        place = self._buffer("place", ids.shape, np.int32)
+        order = self._scratch.array("order", (pairs,), np.int32)
+        place = self._scratch.array("place", ids.shape, np.int32)
         tiles = Tiles(
-            self._buffer("tile_expert", (most,), np.int32),
-            self._buffer("tile_start", (most,), np.int32),
-            self._buffer("tile_rows", (most,), np.int32),
-            self._buffer("tile_count", (1,), np.int32),
+            self._scratch.array("tile_expert", (most,), np.int32),
+            self._scratch.array("tile_start", (most,), np.int32),
+            self._scratch.array("tile_rows", (most,), np.int32),
+            self._scratch.array("tile_count", (1,), np.int32),
         )
         routing.group(self._runtime, ids, order, place, *tiles, experts=experts, tile=tile)
         return order, place, tiles
@@ -305,11 +346,13 @@ class CUDAOps(Ops):
     def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Any) -> Array:
         """See Ops.logits; draws at once where nothing but the temperature stands between."""
         runtime, weight, shape = self._runtime, lm_head.weight, batch.shape
+        if _is_prompt(shape):
+            self._pieces = [
+                self._many_logits(x, batch.rows[first : first + _MOST_ROWS], norm, weight)
+                for first in range(0, shape.rows, _MOST_ROWS)
+            ]
+            return self._pieces
         logits = self._logits_buffer(shape)
-        if shape.rows > _MOST_DRAWN_ROWS and not shape.draws:
-            h = self._normalised(x, batch.rows, norm, weight.layout.bf16)
-            gemm.linear(runtime, h, weight.data, weight.layout, weight.order, None, logits)
-            return logits
         fused = shape.draws and not shape.filtered
         kept = logits if shape.logits or shape.filtered else None
         dense.lm_head_decode(
@@ -319,43 +362,35 @@ class CUDAOps(Ops):
         )  # fmt: skip
         return logits
 
-    def _draw(self, step: Step, logits: Array) -> None:
+    def _many_logits(self, x: Array, rows: Array, norm: Norm, weight: Matrix) -> Any:
+        """Project rows as a prompt's, and bring them to the host, for all of them would be huge."""
+        h = self._normalised(x, rows, norm, weight.layout.bf16)
+        logits = self._scratch.array("logits", (len(rows), self._weights.vocab_size), np.float32)
+        gemm.linear(self._runtime, h, weight.data, weight.layout, weight.order, None, logits)
+        return self._runtime.download(logits)
+
+    def _draw(self, step: Step) -> None:
         """Draw a token for each wanted row, where `logits` has not already weighed them."""
         runtime, shape = self._runtime, step.shape
         best = self._best(shape)
         if shape.filtered:
             sampling.sample(
-                runtime, logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seed, step.choice,
-                step.draw_positions, best,
+                runtime, self._logits_buffer(shape), step.temperature, step.top_k, step.top_p, step.min_p,
+                step.seed, step.choice, step.draw_positions, best,
             )  # fmt: skip
-        results = self._buffer("results", (shape.rows, 2), np.int32)
-        sampling.finish(runtime, best, self._drawn[: shape.rows], results)
+        results = self._scratch.array("results", (shape.rows, 2), np.int32)
+        sampling.finish(runtime, best, self._drawn[self._cache][: shape.rows], results)
 
     def _logits_buffer(self, shape: Shape) -> Array:
-        return self._buffer("logits", (shape.rows, self._weights.vocab_size), np.float32)
+        return self._scratch.array("logits", (shape.rows, self._weights.vocab_size), np.float32)
 
     def _best(self, shape: Shape) -> Array:
-        return self._zeroed("best", shape.rows, np.uint64)
-
-    @property
-    def _drawn(self) -> Array:
-        """The tokens that the last step drew, by row."""
-        return self._zeroed("drawn", _MOST_DRAWN_ROWS, np.int32)
-
-    def _counters(self, name: str, count: int) -> Array:
-        """Counters that kernels find at zero and leave at zero."""
-        return self._zeroed(f"{name}_counters", count, np.uint32)
-
-    def _zeroed(self, name: str, count: int, dtype: Any) -> Array:
-        """Scratch memory that is zero when it is new."""
-        if name not in self._buffers or len(self._buffers[name]) < count:
-            self._runtime.upload(np.zeros(count, dtype), self._buffer(name, (count,), dtype))
-        return self._buffer(name, (count,), dtype)
+        return self._scratch.filled("best", np.zeros(shape.rows, np.uint64))
 
     def _normalised(self, x: Array, rows: Array | None, norm: Norm, bf16: bool) -> Array:
         """Normalise rows of x into operands."""
         count = len(x) if rows is None else len(rows)
-        h = self._buffer("normalised", (count, padded(x.shape[1])), np.uint16)
+        h = self._scratch.array("normalised", (count, padded(x.shape[1])), np.uint16)
         dense.rms_norm(self._runtime, x, rows, norm.weight, h, eps=norm.eps, bf16=bf16)
         return h
 
@@ -363,26 +398,15 @@ class CUDAOps(Ops):
     def _kv_fp16(self) -> bool:
         return self._runtime.arch == "sm_75"  # Turing multiplies fp16 alone
 
-    def _inv_freq(self, rope: Rope) -> Array:
-        if "inv_freq" not in self._buffers:
-            self._runtime.upload(rope.inv_freq, self._buffer("inv_freq", rope.inv_freq.shape, np.float32))
-        return self._buffer("inv_freq", rope.inv_freq.shape, np.float32)
-
-    def _one_token(self, k: int) -> tuple[Array, ...]:
-        """The grouping arrays, less the experts, of one token's k choices: order, start, rows, count."""
-        arrays = np.zeros(k), np.arange(k), np.ones(k), np.array([k])
-        found = []
-        for name, array in zip(("order", "start", "rows", "count"), arrays, strict=True):
-            full = f"one_token_{name}"
-            if full not in self._buffers:
-                self._runtime.upload(array.astype(np.int32), self._buffer(full, array.shape, np.int32))
-            found.append(self._buffer(full, array.shape, np.int32))
-        return tuple(found)
-
 
 def padded(columns: int) -> int:
     """Columns of a row of operands."""
     return -(-columns // CHUNK) * CHUNK
+
+
+def _is_prompt(shape: Shape) -> bool:
+    """Whether the logits of so many rows are wanted that they are computed as a prompt's."""
+    return shape.rows > _MOST_ROWS and not shape.draws
 
 
 def _drawn_on_device(draw: Draw) -> bool:

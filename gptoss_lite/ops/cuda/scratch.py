@@ -1,0 +1,42 @@
+"""Device memory that steps work in: by name, kept from step to step, since recordings know where it lies."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from gptoss_lite.kernels.cuda.runtime import Array, Runtime
+
+
+class Scratch:
+    """Named arrays that keep their place until a larger one of the name is asked for.
+
+    moved: called whenever an array gets a new place, for whoever remembers the old one.
+    """
+
+    def __init__(self, runtime: Runtime, moved: Callable[[], None]) -> None:
+        self._runtime = runtime
+        self._moved = moved
+        self._arrays: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Give an array of undefined contents: those of the last use, or none."""
+        count = math.prod(shape)
+        if not self._has(name, count):
+            self._arrays[name] = self._runtime.empty((max(count, 1),), dtype)
+            self._moved()
+        return self._arrays[name][:count].reshape(shape)
+
+    def counters(self, name: str, count: int) -> Array:
+        """Give uint32 counters that kernels find at zero and leave at zero."""
+        return self.filled(name, np.zeros(count, np.uint32))
+
+    def filled(self, name: str, values: npt.NDArray[np.generic]) -> Array:
+        """Give an array that held these values when it was new."""
+        if not self._has(name, values.size):
+            self._runtime.upload(values, self.array(name, values.shape, values.dtype))
+        return self.array(name, values.shape, values.dtype)
+
+    def _has(self, name: str, count: int) -> bool:
+        return name in self._arrays and len(self._arrays[name]) >= count
