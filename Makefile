@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo dev check lint types test soak bench clean
+.PHONY: demo dev check lint types test soak bench gpu clean
 
 demo: $(VENV)/.installed  ## Install, and stream an answer of the bundled model.
 	@$(BIN)/gptoss-lite generate --temperature 0.7 "Tell me a story about the sea."
@@ -29,6 +29,9 @@ soak: dev  ## The tests that take minutes.
 
 bench: dev  ## Kernel timings, each with its answer checked.
 	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func
+
+gpu:  ## Check and time the CUDA path on this machine's GPU; installs nothing. GPU_OPTIONS="--out DIR --quick"
+	@$(PYTHON) bench/gpu.py $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist

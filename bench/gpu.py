@@ -30,8 +30,8 @@ from bench.gpu_kernels import REAL, SMALL, kernels  # noqa: E402
 from gptoss_lite.errors import DeviceError, GptOssError  # noqa: E402
 from gptoss_lite.kernels.cuda.checks import all_checks  # noqa: E402
 
-_SILENCE = 90.0  # seconds without a word after which a child is taken to hang
-_WORKERS = 4  # children that check at once: much of that is compiling
+PARTS = ("checks", "golden", "ceilings", "kernels", "models", "20b", "120b")
+_WORKERS = 8  # children that check at once: much of that is compiling
 _FATAL = 3  # exit status of a child whose GPU can do no more
 _UNUSABLE = 4
 
@@ -54,11 +54,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--checks", default="", metavar="TEXT", help="run only checks with TEXT in their name"
     )
+    parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)}; the facts come always")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the document to FILE, too")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write gpu.json and gpu.txt to DIR")
+    parser.add_argument(
+        "--silence", type=float, default=90, metavar="SECONDS",
+        help="after which a check that does not end has failed [90]",
+    )  # fmt: skip
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set((options.only or PARTS[0]).split(",")) - set(PARTS):
+        parser.error(f"no part {min(unknown)!r}: choose from {', '.join(PARTS)}")
+    return options
 
 
 # What a child does: results as JSON lines on standard output, as they come.
@@ -160,12 +168,14 @@ class Run:
         shown = {"date": document["date"], "commit": document["commit"]} | facts[0]
         self._show("facts", report.facts(shown))
 
-        with self._timed("checks"):
-            document["checks"] = self._checks(0.45 * budget)
-        self._show("checks", report.checks(document["checks"]))
+        if self._wanted("checks"):
+            with self._timed("checks"):
+                document["checks"] = self._checks(0.45 * budget)
+            self._show("checks", report.checks(document["checks"]))
 
         document["golden"] = self._part("golden", 0.25 * budget)
-        self._show("golden network", report.golden(document["golden"]))
+        if document["golden"]:
+            self._show("golden network", report.golden(document["golden"]))
 
         document["ceilings"] = next(iter(self._part("ceilings", 60)), {})
         if document["ceilings"]:
@@ -173,7 +183,8 @@ class Run:
 
         document["kernels"] = self._part("kernels", 0.3 * budget)
         report.add_shares(document["kernels"], document["ceilings"])
-        self._show("kernels", report.kernels(document["kernels"]))
+        if document["kernels"]:
+            self._show("kernels", report.kernels(document["kernels"]))
 
         for name, least in (("tiny", 5),) if self._options.quick else (("20b", 30), ("120b", 60)):
             found = self._part(name, budget, least)
@@ -187,7 +198,7 @@ class Run:
         document = self.document
         document["seconds"]["all"] = time.monotonic() - self._start
         document["ok"] = (
-            all(one["ok"] for one in document["checks"]["results"])
+            all(one["ok"] for one in document["checks"].get("results", ()))
             and all(one["ok"] for one in document["golden"])
             and not document["errors"]
         )
@@ -219,6 +230,8 @@ class Run:
 
     def _part(self, part: str, most: float, least: float = 5) -> list[Result]:
         """Run one part in a child, for some seconds at most; what it said before it failed counts."""
+        if part != "facts" and not self._wanted(part):
+            return []
         if self._left < least:
             self.document["skipped"][part] = f"{self._left:.0f} s were left, and it takes {least:.0f} or more"
             return []
@@ -231,6 +244,13 @@ class Run:
         elif child.status and child.status != _UNUSABLE:
             self.document["errors"][part] = child.failure()
         return results
+
+    def _wanted(self, part: str) -> bool:
+        only = PARTS if self._options.only is None else self._options.only.split(",")
+        wanted = part in only or ("models" in only and part not in PARTS[:5])
+        if not wanted:
+            self.document["skipped"][part] = "not asked for"
+        return wanted
 
     def _checks(self, seconds: float) -> Result:
         """Run all checks, the subjects side by side where there are processors enough to compile."""
@@ -256,7 +276,7 @@ class Run:
         """Run one subject's checks; a child that a check ends is followed by one for the rest."""
         total, done = len(_names(self._options.checks, subject)), list[Result]()
         while len(done) < total and time.monotonic() < until:
-            child = Child(self._options, f"checks:{subject}", len(done))
+            child = Child(self._options, f"checks:{subject}", len(done), self._options.silence)
             begun = None
             for result in child.results(until - time.monotonic()):
                 if "begins" in result:
@@ -267,7 +287,7 @@ class Run:
             if child.timed_out and not child.silent:
                 break
             if begun is not None:
-                error = f"no end after {_SILENCE:.0f} s" if child.silent else child.failure()
+                error = f"no end after {self._options.silence:g} s" if child.silent else child.failure()
                 done.append({"name": begun, "ok": False, "error": error, "seconds": None})
             elif child.status not in (0, _FATAL):  # it does not even come to a check
                 name = _names(self._options.checks, subject)[len(done)] if len(done) < total else subject
@@ -291,9 +311,12 @@ class _Timed:
 class Child:
     """A process that runs one part, and what it says, line by line."""
 
-    def __init__(self, options: argparse.Namespace, part: str, first: int = 0) -> None:
+    def __init__(
+        self, options: argparse.Namespace, part: str, first: int = 0, silence: float = math.inf
+    ) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--first", str(first)]
         command += ["--device", options.device, "--checks", options.checks, *["--quick"] * options.quick]
+        self._silence = silence
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read once the child has ended
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         self.status = 0
@@ -307,9 +330,9 @@ class Child:
         while True:
             left = until - time.monotonic()
             try:
-                line = lines.get(timeout=max(0.01, min(left, _SILENCE)))
+                line = lines.get(timeout=max(0.01, min(left, self._silence)))
             except queue.Empty:
-                self.timed_out, self.silent = True, left > _SILENCE
+                self.timed_out, self.silent = True, left > self._silence
                 self._process.kill()
                 break
             if line is None:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -19,6 +20,7 @@ Result: TypeAlias = dict[str, Any]
 
 _READ = Kernel(str(Path(__file__).resolve().parent / "gpu_read.cu"), "read_words")
 _READ_THREADS = 512
+_CHUNK = 1 << 24  # bytes that are made up and uploaded at a time
 _SMI = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
@@ -105,7 +107,7 @@ class GPU:
         self.name = self._properties["name"].decode(errors="replace")
         api = cupy.cuda.runtime
         self.l2_bytes = int(api.deviceGetAttribute(api.cudaDevAttrL2CacheSize, index))
-        self.ceiling_bytes = min(4 << 30, self.runtime.memory()[0] // 4)
+        self.ceiling_bytes = min(4 << 30, self.runtime.memory()[0] // 4 // _CHUNK * _CHUNK)
 
     def facts(self) -> Result:
         """See Device.facts."""
@@ -195,10 +197,11 @@ def ceilings(device: Device) -> Result:
     found["copy_bytes_per_s"] = 2 * source.nbytes / median(times)
 
     words = runtime.empty((nbytes,), np.uint8)
-    host = np.random.default_rng(0).integers(0, 256, nbytes if nbytes < 1 << 24 else 1 << 24, np.uint8)
-    for start in range(0, nbytes - len(host) + 1, len(host)):
+    host = np.random.default_rng(0).integers(0, 256, min(nbytes, _CHUNK), np.uint8)
+    for start in range(0, nbytes, len(host)):
         runtime.upload(host, words[start : start + len(host)])
-    found |= _read_ceiling(device, words)
+    total = nbytes // len(host) * int(host.view(np.uint32).sum(dtype=np.uint64))
+    found |= _read_ceiling(device, words, total % (1 << 32))
 
     pinned = runtime.pinned((min(nbytes, 1 << 28),), np.uint8)
     pinned[:] = 1
@@ -215,22 +218,18 @@ def ceilings(device: Device) -> Result:
     return found
 
 
-def _read_ceiling(device: Device, words: Array) -> Result:
+def _read_ceiling(device: Device, words: Array, total: int) -> Result:
     """Take the best of a few grids: how many blocks a plain read wants differs from GPU to GPU."""
     runtime, rates = device.runtime, {}
     for blocks in (2, 4, 8, 16):
         grid = blocks * runtime.multiprocessors
         sums = runtime.empty((grid * _READ_THREADS,), np.uint32)
         args = [words, np.uint64(words.nbytes // 16), sums]
-
-        def work(grid: int = grid, args: list[Any] = args) -> None:
-            runtime.launch(_READ, (grid,), _READ_THREADS, args)
-
+        work = partial(runtime.launch, _READ, (grid,), _READ_THREADS, args)
         rates[blocks] = words.nbytes / median(device.seconds(work, 5))
-    total = int(runtime.download(sums).sum(dtype=np.uint32))
-    want = int(runtime.download(words[: min(words.nbytes, 1 << 26)]).view(np.uint32).sum(dtype=np.uint32))
-    if words.nbytes <= 1 << 26 and total != want:
-        raise DeviceError(f"the read kernel added up {total}, and the memory holds {want}")
+        read = int(runtime.download(sums).sum(dtype=np.uint64)) % (1 << 32)
+        if read != total:
+            raise DeviceError(f"the read kernel added up {read}, and the memory holds {total}")
     best = max(rates, key=lambda blocks: rates[blocks])
     return {"read_bytes_per_s": rates[best], "read_blocks_per_multiprocessor": best}
 

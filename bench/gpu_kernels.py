@@ -233,13 +233,13 @@ def _dense_decode(b: Bench, S: int) -> Iterator[Result]:
 
 
 def _choices(b: Bench, sets: int, tokens: int, experts: int) -> npt.NDArray[np.int32]:
-    """Choose k experts of each token, all as often as the others: ids (sets, tokens, k)."""
-    rows = -(-sets * tokens * b.sizes.k // experts)
-    ids = b.rng.permuted(np.tile(np.arange(experts, dtype=np.int32), (rows, 1)), axis=1)
-    whole = ids.reshape(-1)[: sets * tokens * b.sizes.k].reshape(sets, tokens, b.sizes.k)
-    for repeated in np.argwhere(np.diff(np.sort(whole, axis=2), axis=2).min(axis=2, initial=1) == 0):
-        whole[tuple(repeated)] = b.rng.choice(experts, b.sizes.k, replace=False)
-    return whole
+    """Choose k experts of each token at random: ids (sets, tokens, k); of one token, all experts in turn."""
+    k = b.sizes.k
+    order = b.rng.random((sets, tokens, experts), np.float32).argsort(axis=2).astype(np.int32)
+    if tokens > 1:
+        return order[:, :, :k].copy()
+    each = experts // k  # sets without an expert in common
+    return order[: -(-sets // each), 0, : each * k].reshape(-1, 1, k)[:sets]
 
 
 class _Groups:

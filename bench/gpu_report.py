@@ -143,13 +143,16 @@ def model(name: str, found: Sequence[Result]) -> str:
 
 def _account(one: Result) -> str:
     rows = [
-        (part["kernel"], part["times"], part["us"], part["total_us"], _percent(part["share"]))
+        (f"  {part['kernel']}", part["times"], part["us"], part["total_us"], _percent(part["share"]))
         for part in one["account"]
     ]
-    title = f"one step, batch {one['batch']}, context {one['context']}: "
-    title += f"kernels alone {one['kernels_us']:,.0f} us"
-    if "replay_us" in one:
-        title += f", replayed {one['replay_us']:,.0f} us"
+    if one["what"] == "decode":
+        title = f"one step, batch {one['batch']}, context {one['context']}"
+        whole = f", replayed {one['replay_us']:,.0f} us" if "replay_us" in one else ""
+    else:
+        title = f"a prompt of {one['tokens']} tokens in steps of {one['step_tokens']}"
+        whole = f", in all {1e6 * one['seconds']:,.0f} us"
+    title = f"\n{title}: kernels alone {one['kernels_us']:,.0f} us{whole}"
     return f"{title}\n{table(('  kernel', 'times', 'us', 'in all', 'share'), rows)}"
 
 
@@ -165,51 +168,59 @@ def add_shares(measured: Sequence[Result], found: Result) -> None:
 def add_accounts(
     name: str, measured: Sequence[Result], kernels_found: Sequence[Result], found: Result
 ) -> None:
-    """Put decode beside the reading that it cannot do without, and beside its kernels' own times."""
+    """Put a model's figures beside its kernels' own times, and decode beside what it must read."""
     for one in measured:
-        if one["what"] != "decode":
-            continue
-        if found.get("read_bytes_per_s"):
+        if one["what"] == "decode" and found.get("read_bytes_per_s"):
             one["of_read"] = one["bytes_per_step"] / (one["step_us"] / 1e6) / found["read_bytes_per_s"]
-        if parts := account(name, kernels_found, one["batch"], one["context"]):
+        parts = account(name, kernels_found, one)
+        if parts:
             one["account"] = parts
             one["kernels_us"] = sum(part["total_us"] for part in parts)
 
 
-def account(name: str, found: Sequence[Result], batch: int, context: int) -> list[Result]:
-    """List the kernels of one decode step with their times; empty where one was not timed at this batch.
+def account(name: str, found: Sequence[Result], of: Result) -> list[Result]:
+    """List the kernels of a decode step or a prompt with their times alone; empty where one was not timed.
 
     The experts' products are those timed with the first number of experts: with several tokens, a network of
-    more experts reads more of them.
+    more experts reads more of them. Attention of a prompt's later steps is timed as that of the first.
     """
     config = network(name)
+    experts = {"experts": config.num_local_experts}
     full, sliding = (config.layer_types.count(f"{kind}_attention") for kind in ("full", "sliding"))
-    layers = config.num_hidden_layers
-    wanted = [
-        ("embed", 1, {}), ("qkv_decode", layers, {}), ("out_proj_decode", layers, {}),
-        ("attention_decode", full, {"window": 0}),
-        ("attention_decode", sliding, {"window": config.sliding_window}),
-        ("route", layers, {"experts": config.num_local_experts}),
-        *([("group", layers, {})] if batch > 1 else []),
-        ("gate_up_decode", layers, {}), ("down_decode", layers, {}), ("lm_head_decode", 1, {}),
-        ("finish", 1, {}),
-    ]  # fmt: skip
+    layers = full + sliding
+    whole, window = {"window": 0}, {"window": config.sliding_window}
+    wanted: list[tuple[str, int, Result]]
+    if of["what"] == "decode":
+        size, context = {"batch": of["batch"]}, of["context"]
+        wanted = [
+            ("embed", 1, {}), ("qkv_decode", layers, {}), ("attention_decode", full, whole),
+            ("attention_decode", sliding, window), ("out_proj_decode", layers, {}),
+            ("route", layers, experts), *([("group", layers, {})] if of["batch"] > 1 else []),
+            ("gate_up_decode", layers, {}), ("down_decode", layers, {}), ("lm_head_decode", 1, {}),
+            ("finish", 1, {}),
+        ]  # fmt: skip
+    elif of["what"] == "prefill" and of["tokens"] % of["step_tokens"] == 0:
+        size, context = {"tokens": of["step_tokens"]}, 0
+        each = layers * (of["tokens"] // of["step_tokens"])
+        wanted = [
+            ("rms_norm", each, {}), ("linear", each, {"of": "qkv"}), ("rotate_append", each, {}),
+            ("attention_prefill", each * full // layers, whole),
+            ("attention_prefill", each * sliding // layers, window),
+            ("linear", each, {"of": "out"}), ("route", each, experts), ("group", each, {}),
+            ("moe_gate_up_prefill", each, {}), ("moe_down_prefill", each, {}), ("combine", each, {}),
+        ]  # fmt: skip
+    else:
+        return []
     parts: list[Result] = []
     for kernel, times, labels in wanted:
-        fitting = [
-            one
-            for one in found
-            if one["kernel"] == kernel
-            and one.get("batch") == batch
-            and all(one.get(label) == value for label, value in labels.items())
-        ]
+        labels = labels | size | {"kernel": kernel}
+        fitting = [one for one in found if all(one.get(key) == value for key, value in labels.items())]
         if not fitting:
             return []
         nearest = min(fitting, key=lambda one: abs(one.get("context", 0) - context))
         title = f"{kernel}, sliding" if labels.get("window") else kernel
-        parts.append(
-            {"kernel": title, "times": times, "us": nearest["us"], "total_us": times * nearest["us"]}
-        )
+        part = {"kernel": title, "times": times, "us": nearest["us"], "total_us": times * nearest["us"]}
+        parts.append(part)
     total = sum(part["total_us"] for part in parts)
     return [part | {"share": part["total_us"] / total} for part in parts]
 

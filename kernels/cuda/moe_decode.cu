@@ -6,8 +6,13 @@ constexpr int GROUPS = 4;  // tiles of tokens that a block of down_decode has un
 constexpr int DEPTH = VECTORS == 1 ? 4 : 2;  // chunks under way in each warp: 2 or 4 KiB
 constexpr int UP_ROWS = TILE_ROWS / 2;       // of the result that a tile makes
 
-// Blocks of down_decode at a time on a multiprocessor: two leave 64 registers, which are too few for some.
-#if defined(WEIGHTS_DENSE) || (defined(WEIGHTS_INT8) && defined(OPERAND_BF16))
+// Blocks at a time on a multiprocessor, as far as registers suffice. Turing's have fewer warps anyway.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int UP_BLOCKS = 5;
+#else
+constexpr int UP_BLOCKS = 6;
+#endif
+#if defined(WEIGHTS_INT8) && defined(OPERAND_BF16)
 constexpr int DOWN_BLOCKS = 1;
 #else
 constexpr int DOWN_BLOCKS = 2;
@@ -24,7 +29,7 @@ DEVICE float swiglu(float gate, float up, float limit) {
 
 // A block has one tile of rows, 8 gates and their ups, and one tile of sorted tokens; a warp every fourth
 // chunk of the rows. Then a thread has one gate and up of one token. Experts may lie in host memory.
-extern "C" __global__ void __launch_bounds__(WARPS* WARP, 6)
+extern "C" __global__ void __launch_bounds__(WARPS* WARP, UP_BLOCKS)
     gate_up_decode(const u64* __restrict__ table, const float* __restrict__ bias, const u16* __restrict__ h,
                    const int* __restrict__ order, const int* __restrict__ tile_expert,
                    const int* __restrict__ tile_start, const int* __restrict__ tile_rows,
@@ -60,9 +65,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, 6)
 
 // A block has one tile of rows for all the tokens: no two blocks add to the same numbers. Four warps share a
 // tile of sorted tokens, of which 16 have four at a time; what they make waits in shared memory,
-// y[place][row], until a thread adds up one row of one token, in order of choice. The grouping arrays are
-// read before and after each product rather than kept, which no register is to spare for; hence they are not
-// __restrict__.
+// y[place][row], until a thread adds up one row of one token, in order of choice. The grouping arrays, and
+// the thread's index, are read before and after each product rather than kept, which no register is to spare
+// for; hence the arrays are not __restrict__.
 extern "C" __global__ void __launch_bounds__(GROUPS* WARPS* WARP, DOWN_BLOCKS)
     down_decode(const u64* __restrict__ table, const float* __restrict__ bias, const u16* __restrict__ inner,
                 const int* tile_expert, const int* tile_start, const int* tile_rows, const int* count,
@@ -70,12 +75,11 @@ extern "C" __global__ void __launch_bounds__(GROUPS* WARPS* WARP, DOWN_BLOCKS)
                 int hidden, int tiles, int chunks, int group_blocks, int all_tokens, int choices) {
   DYNAMIC_SHARED(float, y);
   SHARED(Partial, partials, [GROUPS][WARPS]);
-  const int warp = threadIdx.x / WARP, group = warp / WARPS, g = threadIdx.x % WARP / 4;
   const int first_row = blockIdx.x * TILE_ROWS;
 
   for (int first = 0; first < count[0]; first += GROUPS) {
-    const int slot = first + group;
-    if (slot < count[0] && tile_expert[slot] >= 0) {
+    const int warp = threadIdx.x / WARP, group = warp / WARPS, g = threadIdx.x % WARP / 4;
+    if (const int slot = first + group; slot < count[0] && tile_expert[slot] >= 0) {
       const u8* matrix = reinterpret_cast<const u8*>(table[tile_expert[slot]]);
       const Tile tile = tile_at(matrix, tiles, chunks, group_blocks, blockIdx.x);
       const u16* row = inner + (u64)(tile_start[slot] + min(g, tile_rows[slot] - 1)) * chunks * CHUNK;
@@ -84,13 +88,14 @@ extern "C" __global__ void __launch_bounds__(GROUPS* WARPS* WARP, DOWN_BLOCKS)
       store_partial(partials[group][warp % WARPS], sum);
     }
     __syncthreads();
-    const int token = threadIdx.x / TILE_ROWS % COLUMNS, row = threadIdx.x % TILE_ROWS;
+    const int thread = thread_again(), mine = thread / (WARPS * WARP), slot = first + mine;
+    const int token = thread / TILE_ROWS % COLUMNS, row = thread % TILE_ROWS;
     if (slot < count[0] && token < tile_rows[slot] && first_row + row < hidden) {
       const int expert = tile_expert[slot];
       float sum = 0.f;
       if (expert >= 0) {
         const float b = bias[(u64)expert * hidden + first_row + row];
-        sum = add_partials(partials[group], token, row) + b;
+        sum = add_partials(partials[mine], token, row) + b;
       }
       y[(tile_start[slot] + token) * TILE_ROWS + row] = sum;
     }

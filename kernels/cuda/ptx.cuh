@@ -17,6 +17,13 @@ typedef unsigned long long u64;
   extern __shared__ __align__(16) unsigned char dynamic_shared_[];    \
   type* name = reinterpret_cast<type*>(dynamic_shared_)
 
+// threadIdx.x, read anew: what is computed from it need not be kept in registers from before.
+DEVICE u32 thread_again() {
+  u32 r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  return r;
+}
+
 // (a & mask) | b in one instruction.
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
   u32 r;

@@ -1228,6 +1228,7 @@ DEVICE float __double2float_rn(double x) { return (float)x; }
 
 // ------------------------------------------------------------------------------------------ as in ptx.cuh
 
+DEVICE unsigned thread_again() { return threadIdx.x; }
 DEVICE unsigned and_or(unsigned a, unsigned mask, unsigned b) { return (a & mask) | b; }
 
 DEVICE float half_to_float(unsigned short h) { return ::emulator::widen_half(h); }

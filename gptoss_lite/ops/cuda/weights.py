@@ -115,7 +115,7 @@ class WeightStore:
     def _matrix(self, tensor: Any, use: Use) -> Matrix:
         rows = tensor.shape[0]
         order = rope_rows(rows // HEAD_DIM, HEAD_DIM) if use.kind == "qkv" else plain_rows(rows)
-        layout = self._layout(tensor, len(order), use)
+        layout = self._layout(tensor, rows, use)
         data = self._runtime.empty((layout.nbytes,), np.uint8)
         self._pack(tensor, order, layout, data, in_order=use.kind != "qkv")
         return Matrix(layout, data, self.upload(order))
@@ -123,8 +123,12 @@ class WeightStore:
     def _experts(self, tensor: Any, use: Use) -> Experts:
         assert use.layer is not None
         experts, rows, _ = tensor.shape
-        order = gate_up_rows(rows // 2) if use.kind == "gate_up" else plain_rows(rows)
-        layout, runtime = self._layout(tensor, len(order), use), self._runtime
+        if use.kind == "gate_up":  # whose rows are padded in pairs, for their results to be padded
+            order = gate_up_rows(rows // 2)
+            rows = len(order)
+        else:
+            order = plain_rows(rows)
+        layout, runtime = self._layout(tensor, rows, use), self._runtime
         if use.layer < self._plan.first_host_layer:
             records = runtime.empty((experts, layout.nbytes), np.uint8)
             for expert in range(experts):
