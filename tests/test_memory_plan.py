@@ -33,15 +33,15 @@ GB = 1 << 30  # as cards are sold
 MIB = 1 << 20
 H100 = 81559 * MIB  # what nvidia-smi shows of 80 GB
 RESERVED = 600 * MIB
-STEP = 512  # tokens
+STEP = 2048  # tokens, as the CUDA backend takes them
 CONTEXT = 131072
 SIZES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts
 EXPERT = 13_219_200  # (5760 + 2880) rows of 90 blocks of 17 bytes
 KV_TOKEN = {"20b": 12 * 2048, "120b": 18 * 2048}  # full layers; 8 heads * 64 * 2 bytes, keys and values
 SLIDING_KV = {
-    "20b": 12 * 386 * 32768,
-    "120b": 18 * 386 * 32768,
-}  # 386 blocks: 2 * (16 * (8 + 2) + 512 / 16 + 1)
+    "20b": 12 * 578 * 32768,
+    "120b": 18 * 578 * 32768,
+}  # 578 blocks: 2 * (16 * (8 + 2) + 2048 / 16 + 1)
 
 
 def config(size: str) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class CUDAOps(Ops):
     others take the prefill kernels. A step without prefill is recorded once for its shape and then replayed.
     """
 
+    step_tokens = 2048  # so many that reading the weights takes less time than computing with them
+
     def __init__(self, runtime: Runtime, name: str = "cuda", device_memory: int | None = None) -> None:
         self.name = name
         self._device_memory = device_memory
