@@ -31,7 +31,7 @@ bench: dev  ## Kernel timings, each with its answer checked.
 	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func
 
 gpu:  ## Check and time the CUDA path on this machine's GPU; installs nothing. GPU_OPTIONS="--out DIR --quick"
-	@$(PYTHON) bench/gpu.py $(GPU_OPTIONS)
+	@$(PYTHON) -m bench.gpu $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -16,8 +16,9 @@ class Batch:
 
     tokens and positions int32 (T,); query_start int32 (S + 1,), where each sequence's tokens begin;
     full_table and sliding_table int32 (S, blocks), the cache block of each 16 positions per kind of
-    attention; rows int32 (R,), the rows of the T whose logits are wanted. A token's keys and values must have
-    a block in both tables.
+    attention; rows int32 (R,), the rows of the T whose logits are wanted; decoding bool (S,), which sequences
+    have one token that goes on with an answer, not a part of a prompt. A token's keys and values must have a
+    block in both tables.
     """
 
     tokens: Int32
@@ -26,6 +27,7 @@ class Batch:
     full_table: Int32
     sliding_table: Int32
     rows: Int32
+    decoding: npt.NDArray[np.bool_]
 
     @property
     def sequence(self) -> Int32:

@@ -12,11 +12,13 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
 
 BLOCK_TOKENS = 16
+FULL, SLIDING = 0, 1  # the two kinds of attention
 MAX_SEQUENCES = 16  # under way at once in an Engine, unless it is told otherwise
 
 
@@ -123,6 +125,8 @@ class Pages:
         self._slid = 0
         self._hashes: list[bytes] = []
         self._branch = range(0)  # sliding blocks worth keeping for the next turn
+        self._tables = [np.zeros(0, np.int32), np.zeros(0, np.int32)]  # the first _filled of both lists
+        self._filled = [0, 0]
         self.length = 0  # tokens whose keys and values are stored
 
     def _first_visible(self, position: int) -> int:
@@ -154,6 +158,15 @@ class Pages:
         # Where the prompt ends, a conversation's next turn will branch off: without this turn's reasoning.
         self._branch = self._window_before(len(tokens) // BLOCK_TOKENS)
         return self.length
+
+    def table(self, kind: int) -> NDArray[np.int32]:
+        """Give the blocks of one kind, FULL or SLIDING, as int32 (blocks,), valid until more are reserved."""
+        blocks = (self.full, self.sliding)[kind]
+        if len(blocks) > len(self._tables[kind]):
+            self._tables[kind] = np.resize(self._tables[kind], 2 * len(blocks))
+        self._tables[kind][self._filled[kind] : len(blocks)] = blocks[self._filled[kind] :]
+        self._filled[kind] = len(blocks)
+        return self._tables[kind][: len(blocks)]
 
     def missing(self, count: int) -> int:
         """Blocks that each pool must give before `count` more tokens can be stored."""
@@ -193,3 +206,4 @@ class Pages:
             sliding.drop(block)
         self.full, self.sliding, self._hashes = [], [], []
         self.length = self._slid = 0
+        self._filled = [0, 0]

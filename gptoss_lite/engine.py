@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import MAX_SEQUENCES, BlockPool, Pages, pool_blocks
-from gptoss_lite.errors import RequestError
+from gptoss_lite.cache import FULL, MAX_SEQUENCES, SLIDING, BlockPool, Pages, pool_blocks
+from gptoss_lite.errors import OutOfMemoryError, RequestError
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops.base import Array, Pending
 from gptoss_lite.sampling import Draw, Sampled, SamplingParams
@@ -36,6 +36,8 @@ class Request:
         """Check what can be checked without the model."""
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
             raise RequestError(f"max_tokens is {self.max_tokens!r}: give an integer of at least 1, or None")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+            raise RequestError(f"seed is {self.seed!r}: give an integer from 0 to 2^64 - 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +186,13 @@ class Engine:
     def _begin_ahead(self, last: _Batch) -> _Batch | None:
         """Begin the batch after `last`, whose tokens only the device knows; None where that cannot be done.
 
-        That is when all that runs is drawing, nothing waits, and none of it is sure to end with this token.
+        That is when all that runs is drawing, nothing that waits could join it, and none of it is sure to end
+        with this token.
         """
         drawing, ahead = last.drawing, self.model.ops.can_run_ahead
         draws = [replace(_draw(sequence), ahead=1) for sequence in drawing]
-        if self._waiting or drawing != self._running or not all(map(ahead, draws)):
+        admitting = self._waiting and len(self._running) < self._max_sequences and not self._blocked
+        if admitting or drawing != self._running or not all(map(ahead, draws)):
             return None
         if any(len(s.tokens) + 1 >= s.end or s.pending for s in drawing):
             return None
@@ -196,7 +200,10 @@ class Engine:
             return None
         # Token -1 - r stands for what row r of the last batch drew.
         batch = self._batch(drawing, [[-1 - row] for row in range(len(drawing))], [True] * len(drawing))
-        return _Batch(drawing, self.model.begin(batch, self._cache, draws))
+        try:
+            return _Batch(drawing, self.model.begin(batch, self._cache, draws))
+        except OutOfMemoryError:  # the last batch's tokens are not to be lost: the next call meets it again
+            return None
 
     def _schedule(self) -> list[_Sequence]:
         """Choose how many tokens each request computes: answers first, then prompts, oldest first."""
@@ -249,9 +256,11 @@ class Engine:
             tokens=np.array(list(chain.from_iterable(tokens)), np.int32),
             positions=np.array(list(chain.from_iterable(positions)), np.int32),
             query_start=query_start,
-            full_table=_table([sequence.pages.full for sequence in sequences]),
-            sliding_table=_table([sequence.pages.sliding for sequence in sequences]),
+            full_table=_table([sequence.pages.table(FULL) for sequence in sequences]),
+            sliding_table=_table([sequence.pages.table(SLIDING) for sequence in sequences]),
             rows=query_start[1:][drawing] - 1,
+            decoding=np.array([s.pages.length >= len(s.request.tokens) for s in sequences])
+            & (np.diff(query_start) == 1),
         )
 
     def _accept(self, sequence: _Sequence, sampled: Sampled | Exception) -> TokenEvent:
@@ -284,7 +293,7 @@ def _draw(sequence: _Sequence) -> Draw:
     return Draw(request.sampling, request.seed, 0, sequence.tokens, len(request.tokens))
 
 
-def _table(rows: list[list[int]]) -> Array:
+def _table(rows: list[Array]) -> Array:
     """Pad block lists of several sequences to one int32 table (S, blocks)."""
     table = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, blocks in zip(table, rows, strict=True):

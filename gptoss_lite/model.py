@@ -173,7 +173,7 @@ class GptOss:
             nonlocal done
             done += nbytes
             if progress is not None:
-                progress(done, checkpoint.nbytes)
+                progress(min(done, checkpoint.nbytes), checkpoint.nbytes)  # tied weights are read twice
 
         with ops.loading(checkpoint, self.cache_tokens) as plan:
             if plan is not None and planned is not None:
@@ -226,6 +226,7 @@ class GptOss:
                 full_table=table,
                 sliding_table=table,
                 rows=np.arange(max(first_row, start), end, dtype=np.int32) - start,
+                decoding=np.zeros(1, np.bool_),
             )
             parts.append(self(batch, cache))
         return np.concatenate(parts)

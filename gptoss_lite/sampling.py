@@ -260,10 +260,10 @@ def sample_each(
     return [attempt(row, draw) for row, draw in zip(logits, draws, strict=True)]
 
 
-def not_finite(draw: Draw) -> GptOssError:
+def not_finite(position: int) -> GptOssError:
     """Make the error of a row whose largest logit is NaN or infinite."""
     return GptOssError(
-        f"the logits at position {draw.position} are not finite: the checkpoint is damaged or a kernel is"
+        f"the logits at position {position} are not finite: the checkpoint is damaged or a kernel is"
         " wrong; compare with device 'reference'"
     )
 
@@ -271,7 +271,7 @@ def not_finite(draw: Draw) -> GptOssError:
 def _sample(logits: Array, draw: Draw, argmax: GumbelArgmax) -> Sampled:
     params = draw.params
     if not np.isfinite(best := logits.max()):  # NaN if any logit is
-        raise not_finite(draw)
+        raise not_finite(draw.position)
     adjusted = adjust(logits, draw)
     if params.greedy:
         token = int(adjusted.argmax())

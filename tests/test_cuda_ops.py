@@ -183,9 +183,17 @@ def test_weights_and_cache_take_what_the_plan_says_to_the_byte() -> None:
 def test_weights_are_let_go_with_the_model() -> None:
     runtime = Counting()
     model = load(CUDAOps(runtime))
-    Engine(model)
-    assert runtime.device > 0
-    del model
+    weights = runtime.device
+    engine = Engine(model)
+    answers(engine, [Request(prompt(9), GREEDY, 0, 6)])
+    workspace_and_cache = runtime.device - weights
+    del engine
+    cache = weights + workspace_and_cache - runtime.device
+    assert cache > 0
+    engine = Engine(model)
+    answers(engine, [Request(prompt(9), GREEDY, 0, 6)])
+    assert runtime.device == weights + workspace_and_cache  # the second engine's in place of the first one's
+    del engine, model
     assert runtime.device == 0
 
 
@@ -307,6 +315,7 @@ def batch_of(parts: Sequence[tuple[list[int], int, list[int]]]) -> Batch:
         full_table=table,
         sliding_table=table,
         rows=query_start[1:] - 1,
+        decoding=np.diff(query_start) == 1,
     )
 
 

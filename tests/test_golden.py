@@ -96,6 +96,7 @@ def test_cuda_decode_is_within_half_precision_of_transformers(layout: Path, gold
             full_table=table,
             sliding_table=table,
             rows=np.zeros(1, np.int32),
+            decoding=np.ones(1, np.bool_),
         )
         rows[position] = model(batch, cache)[0]
     want = reference["logits_129"]

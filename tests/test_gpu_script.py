@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "bench" / "gpu.py"
 
 # What a machine with a GPU need not have, and what no run on the emulator may ask for.
 ONLY_NUMPY = """
@@ -57,9 +56,9 @@ PREFILL = {
 def run(tmp_path: Path, custom: str, *options: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "sitecustomize.py").write_text(custom)
     return subprocess.run(
-        [sys.executable, SCRIPT, *options],
+        [sys.executable, "-m", "bench.gpu", *options],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -73,7 +72,14 @@ def emulated(tmp_path: Path, custom: str, *options: str) -> tuple[int, dict[str,
 
 
 def test_every_part_runs_without_a_gpu_on_numpy_alone(tmp_path: Path) -> None:
-    options = ("--checks", "routing: ", "--json", "one.json", "--out", "results")
+    options = (
+        "--checks",
+        "routing: ",
+        "--json",
+        str(tmp_path / "one.json"),
+        "--out",
+        str(tmp_path / "results"),
+    )
     status, document = emulated(tmp_path, ONLY_NUMPY, *options)
     assert set(PARTS) <= set(document)
     assert not document["errors"]

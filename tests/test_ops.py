@@ -45,6 +45,7 @@ def batch(*spans: tuple[int, int]) -> Batch:
         full_table=blocks,
         sliding_table=blocks,
         rows=np.arange(total, dtype=np.int32),
+        decoding=np.array(counts) == 1,
     )
 
 

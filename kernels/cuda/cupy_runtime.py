@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -115,6 +116,26 @@ class _Slot:
     event: Any
 
 
+def _pinned(runtime: Any, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Set aside page-locked host memory, which is returned with the last array over it."""
+    try:
+        address = runtime.hostAlloc(nbytes, runtime.hostAllocPortable | runtime.hostAllocMapped)
+    except runtime.CUDARuntimeError as error:
+        if error.status != MEMORY_ALLOCATION:
+            raise
+        raise OutOfMemoryError(
+            f"the system grants no {nbytes / 2**30:.2f} GiB of page-locked host memory"
+        ) from error
+    buffer: Any = (ctypes.c_ubyte * nbytes).from_address(address)
+    weakref.finalize(buffer, runtime.freeHost, address).atexit = False  # CUDA may be gone by then
+    return np.frombuffer(buffer, np.uint8)
+
+
+def _slot(cuda: Any, nbytes: int) -> _Slot:
+    buffer = _pinned(cuda.runtime, nbytes)
+    return _Slot(buffer, buffer.ctypes.data, cuda.Event(disable_timing=True))
+
+
 class _Ring:
     """Pinned buffers taken in turn, made at first need; taking one waits until its last copy is done."""
 
@@ -158,8 +179,9 @@ class CuPyRuntime:
         self._pool = cuda.MemoryPool()
         self._modules: dict[tuple[str, build.Defines], Any] = {}
         self._entries: dict[Kernel, _Entry] = {}
-        self._small = _Ring(lambda: self._slot(SMALL), SMALL_SLOTS)
-        self._large = _Ring(lambda: self._slot(LARGE), LARGE_SLOTS)
+        # Of functions that know no runtime: one that held itself would keep its memory after its last use.
+        self._small = _Ring(partial(_slot, self._cupy.cuda, SMALL), SMALL_SLOTS)
+        self._large = _Ring(partial(_slot, self._cupy.cuda, LARGE), LARGE_SLOTS)
         self._idle: dict[int, list[npt.NDArray[np.uint8]]] = {}  # pinned buffers for `fetch`, by size
         self._recorded: list[Array] | None = None
 
@@ -171,10 +193,6 @@ class CuPyRuntime:
                 yield
         except (self._runtime.CUDARuntimeError, self._cuda.driver.CUDADriverError) as error:
             raise DeviceError(f"cuda:{self.index}: {error}") from error
-
-    def _slot(self, nbytes: int) -> _Slot:
-        buffer = self.pinned(nbytes, np.uint8)
-        return _Slot(buffer, buffer.ctypes.data, self._cuda.Event(disable_timing=True))
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Set aside device memory of undefined contents; raises OutOfMemoryError."""
@@ -196,22 +214,11 @@ class CuPyRuntime:
         It is returned to the system with the last array over it. CuPy's pool is not used: it would round each
         request up to a power of two.
         """
-        runtime = self._runtime
         nbytes = math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize
         if nbytes == 0:
             return np.empty(shape, dtype)
         with self._device():
-            try:
-                address = runtime.hostAlloc(nbytes, runtime.hostAllocPortable | runtime.hostAllocMapped)
-            except runtime.CUDARuntimeError as error:
-                if error.status != MEMORY_ALLOCATION:
-                    raise
-                raise OutOfMemoryError(
-                    f"the system grants no {nbytes / 2**30:.2f} GiB of page-locked host memory"
-                ) from error
-        buffer = (ctypes.c_ubyte * nbytes).from_address(address)
-        weakref.finalize(buffer, runtime.freeHost, address).atexit = False  # CUDA may be gone by then
-        return np.frombuffer(buffer, np.dtype(dtype)).reshape(shape)
+            return _pinned(self._runtime, nbytes).view(dtype).reshape(shape)
 
     def address(self, array: Array) -> int:
         """Return the address that kernels know an array by, device or pinned."""
@@ -284,13 +291,16 @@ class CuPyRuntime:
             done = self._cuda.Event(disable_timing=True)
             done.record(self._stream)
 
+        shape, dtype = array.shape, array.dtype
+
         def wait() -> npt.NDArray[Any]:
             with self._device():
                 done.synchronize()
-            host: npt.NDArray[Any] = buffer.view(array.dtype).reshape(array.shape).copy()
-            idle.append(buffer)
+            host: npt.NDArray[Any] = buffer.view(dtype).reshape(shape).copy()
             return host
 
+        # Waited for or not, the buffer is free then: a later copy into it comes after this one in the stream.
+        weakref.finalize(wait, idle.append, buffer).atexit = False
         return wait
 
     def copy(self, source: Array, target: Array) -> None:

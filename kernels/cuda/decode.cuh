@@ -24,14 +24,17 @@ template <int STEP, int DEPTH, Space SPACE>
 struct Walk {
   const uint4* codes;
   const u32* scales;
-  const uint4* operands;  // column g's, the lane's part
+  const uint4* operands;          // column g's, the lane's part
   int chunk, group_blocks, left;  // the next chunk; how many are left
   Chunk weights[DEPTH];
 
   // Issues the first loads. `row` holds the operands of column g.
   DEVICE Walk(const Tile& tile, const u16* row, int chunks, int group_blocks, int first)
-      : codes(tile.codes + first * (VECTORS * WARP)), scales(tile.scales),
-        operands(lane_operands(row) + first * 8), chunk(first), group_blocks(group_blocks),
+      : codes(tile.codes + first * (VECTORS * WARP)),
+        scales(tile.scales),
+        operands(lane_operands(row) + first * 8),
+        chunk(first),
+        group_blocks(group_blocks),
         left((chunks - first + STEP - 1) / STEP) {
 #ifdef WEIGHTS_MXFP4
     scales += first * 8;

@@ -2,7 +2,7 @@
 #include "ptx.cuh"
 
 constexpr int THREADS = 128;
-constexpr int PAIRS = 32;  // that rotate together in a head of 64
+constexpr int PAIRS = 32;                       // that rotate together in a head of 64
 constexpr int BF16 = 0, FP16 = 1, FLOAT32 = 2;  // types of the table
 
 DEVICE float widen(u16 bits, int type) { return type == FP16 ? half_to_float(bits) : bf16_to_float(bits); }

@@ -99,7 +99,8 @@ DEVICE void multiply_columns(Sums<Shape::TOKENS>& sums, typename Shape::Ring& ri
 #pragma unroll
   for (int p = 0; p < PASSES; ++p) {
     const int r = p * PASS + line;
-    const int place = tokens.first + (r < tokens.count ? r : 0);
+    // Rows past the last are not read, but only where nothing is looked up may they be named.
+    const int place = tokens.first + (r < tokens.count || !tokens.order ? r : 0);
     source[p] = (u32)(tokens.order ? __ldg(tokens.order + place) : place) * (chunks * UNITS) + unit;
   }
   uint4* target = &ring.stage[0][line][unit_at(line, unit)];
@@ -124,17 +125,28 @@ DEVICE void multiply_columns(Sums<Shape::TOKENS>& sums, typename Shape::Ring& ri
     __syncthreads();  // this chunk's stage is filled, and nobody reads the stage before it any more
     if (chunk + STAGES - 1 < chunks) fill(slot == 0 ? STAGES - 1 : slot - 1);
     copy_async_commit();
-    u32 a[WARP_TILES][8];
+    // The next weights go into the same registers as soon as these are free: a second set would be spilled.
+    // Dense ones are multiplied where they lie, the others decoded elsewhere first.
+    const bool more = chunk + 1 < chunks;
 #pragma unroll
-    for (int i = 0; i < WARP_TILES; ++i) decode_block(weights[i], 0, a[i]);
-    multiply_block<COLUMNS>(sums, a, 0, ring.stage[slot]);
+    for (int block = 0; block < 2; ++block) {
+      u32 a[WARP_TILES][8];
 #pragma unroll
-    for (int i = 0; i < WARP_TILES; ++i) decode_block(weights[i], 1, a[i]);
-    if (chunk + 1 < chunks) {  // into the same registers: a second set would be spilled
+      for (int i = 0; i < WARP_TILES; ++i) decode_block(weights[i], block, a[i]);
+#if !defined(WEIGHTS_DENSE)
+      if (block == 1 && more) {
 #pragma unroll
-      for (int i = 0; i < WARP_TILES; ++i) load_chunk(weights[i], tile[i], chunk + 1, matrix.group_blocks);
+        for (int i = 0; i < WARP_TILES; ++i) load_chunk(weights[i], tile[i], chunk + 1, matrix.group_blocks);
+      }
+#endif
+      multiply_block<COLUMNS>(sums, a, block, ring.stage[slot]);
+#if defined(WEIGHTS_DENSE)
+      if (more) {
+#pragma unroll
+        for (int i = 0; i < WARP_TILES; ++i) load_block(weights[i], tile[i], chunk + 1, block);
+      }
+#endif
     }
-    multiply_block<COLUMNS>(sums, a, 1, ring.stage[slot]);
     slot = slot + 1 == STAGES ? 0 : slot + 1;
   }
 }

@@ -1,8 +1,8 @@
 // The two products of the experts in decode, over tiles of up to 8 tokens that chose the same expert.
 #include "decode.cuh"
 
-constexpr int WARPS = 4;   // share the chunks of a tile
-constexpr int GROUPS = 4;  // tiles of tokens that a block of down_decode has under way
+constexpr int WARPS = 4;                     // share the chunks of a tile
+constexpr int GROUPS = 4;                    // tiles of tokens that a block of down_decode has under way
 constexpr int DEPTH = VECTORS == 1 ? 4 : 2;  // chunks under way in each warp: 2 or 4 KiB
 constexpr int UP_ROWS = TILE_ROWS / 2;       // of the result that a tile makes
 
@@ -37,8 +37,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, UP_BLOCKS)
                    int tiles, int chunks, int group_blocks, int bf16_out) {
   SHARED(Partial, partials, [WARPS]);
   const int slot = blockIdx.y;
-  if (slot >= count[0] || tile_expert[slot] < 0) return;  // a token of no sequence has no experts
-  const int expert = tile_expert[slot], start = tile_start[slot], tokens = tile_rows[slot];
+  // Read together; past the count they mean nothing. A token of no sequence has no experts.
+  const int used = count[0], expert = tile_expert[slot], start = tile_start[slot], tokens = tile_rows[slot];
+  if (slot >= used || expert < 0) return;
   const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
 
   const Tile tile =
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, UP_BLOCKS)
 // y[place][row], until a thread adds up one row of one token, in order of choice. The grouping arrays, and
 // the thread's index, are read before and after each product rather than kept, which no register is to spare
 // for; hence the arrays are not __restrict__.
-extern "C" __global__ void __launch_bounds__(GROUPS* WARPS* WARP, DOWN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(GROUPS * WARPS * WARP, DOWN_BLOCKS)
     down_decode(const u64* __restrict__ table, const float* __restrict__ bias, const u16* __restrict__ inner,
                 const int* tile_expert, const int* tile_start, const int* tile_rows, const int* count,
                 const int* __restrict__ place, const float* __restrict__ weights, float* __restrict__ x,

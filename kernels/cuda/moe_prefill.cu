@@ -30,10 +30,10 @@ DEVICE float swiglu(float gate, float up, float limit) {
 // Neighbouring blocks differ in rows: those of one expert run together and share its weights.
 extern "C" __global__ void __launch_bounds__(Block::THREADS, BLOCKS)
     moe_gate_up_prefill(const u64* __restrict__ table, const float* __restrict__ bias,
-                        const uint4* __restrict__ h, const int* __restrict__ order,
-                        const int* tile_expert, const int* tile_start, const int* tile_rows, const int* count,
-                        u16* __restrict__ out, float limit, int intermediate, int tiles, int chunks,
-                        int group_blocks, int bf16_out) {
+                        const uint4* __restrict__ h, const int* __restrict__ order, const int* tile_expert,
+                        const int* tile_start, const int* tile_rows, const int* count, u16* __restrict__ out,
+                        float limit, int intermediate, int tiles, int chunks, int group_blocks,
+                        int bf16_out) {
   constexpr int COLUMNS = Block::ROWS / 2;  // of the result
   constexpr int STRIDE = COLUMNS + 8;       // meets all the banks
   constexpr int LINE = COLUMNS / 8;         // 16-byte units of a token

@@ -2,8 +2,8 @@
 #pragma once
 #include "ptx.cuh"
 
-// Rows of operands are padded with zeros to a multiple of 64 columns, and each eight columns are stored in the
-// order 0 4 1 5 2 6 3 7: one 16-byte read gives a lane its B operands for the two mma of a block.
+// Rows of operands are padded with zeros to a multiple of 64 columns, and each eight columns are stored in
+// the order 0 4 1 5 2 6 3 7: one 16-byte read gives a lane its B operands for the two mma of a block.
 constexpr int OPERAND_PAD = 64;
 
 DEVICE int padded(int columns) { return (columns + OPERAND_PAD - 1) / OPERAND_PAD * OPERAND_PAD; }

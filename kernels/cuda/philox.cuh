@@ -33,8 +33,8 @@ DEVICE u32 philox_word(u64 seed, int choice, int position, u32 token) {
 
 // -log(-log(u)) for u = (word + 1/2) / 2^32. float32 has no such u near 1, hence log(1 - (1 - u)) there.
 DEVICE float gumbel(u32 word) {
-  const float inner = word >> 31 ? -log1pf(-((float)~word + 0.5f) * 0x1p-32f)
-                                 : -logf(((float)word + 0.5f) * 0x1p-32f);
+  const float inner =
+      word >> 31 ? -log1pf(-((float)~word + 0.5f) * 0x1p-32f) : -logf(((float)word + 0.5f) * 0x1p-32f);
   return -logf(inner);
 }
 
@@ -45,9 +45,7 @@ DEVICE u32 orderable(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-DEVICE float from_orderable(u32 order) {
-  return __uint_as_float(order >> 31 ? order & 0x7FFFFFFFu : ~order);
-}
+DEVICE float from_orderable(u32 order) { return __uint_as_float(order >> 31 ? order & 0x7FFFFFFFu : ~order); }
 
 // The larger key has the larger value, or the same and the lower token id.
 DEVICE u64 key_of(float value, u32 token) { return (u64)orderable(value) << 32 | (u32)~token; }

@@ -44,8 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
-        for (int high = 0; high < 2; ++high)
-          words[2 * pair + half] |= (u32)read_bits(source, from + pair + 4 * high, kind, bf16_out) << 16 * high;
+        for (int high = 0; high < 2; ++high) {
+          const u32 bits = read_bits(source, from + pair + 4 * high, kind, bf16_out);
+          words[2 * pair + half] |= bits << 16 * high;
+        }
       }
     }
   }

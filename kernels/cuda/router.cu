@@ -53,6 +53,7 @@ DEVICE void normalise(const float* x, const float* norm_weight, const int* posit
   float sums[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) sums[t] = 0.f;
+#pragma unroll 1
   for (int o = threadIdx.x; o < octets; o += THREADS) {
     float4 values[TOKENS][2];
 #pragma unroll
@@ -87,14 +88,14 @@ DEVICE void normalise(const float* x, const float* norm_weight, const int* posit
   __syncthreads();
 
   const int padded_octets = padded(hidden) / 8;
-#pragma unroll
-  for (int t = 0; t < TOKENS; ++t) {
-    if (t >= count) continue;
+#pragma unroll 1
+  for (int t = 0; t < count; ++t) {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += squares[t][w];
     const float scale = rsqrtf(sum / hidden + eps);
     uint4* out = reinterpret_cast<uint4*>(h) + (u64)(first + t) * padded_octets;
+#pragma unroll 1
     for (int o = threadIdx.x; o < padded_octets; o += THREADS) {  // the eights that this thread stored above
       float y[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
       if (o < octets) {
@@ -136,6 +137,7 @@ DEVICE void multiply(const void* weights, const float* bias, const float* x, con
 
   constexpr bool LOAD_FIRST = EXPERTS == 1;  // where there are blocks enough, others hide the wait
   if (!LOAD_FIRST) normalise(x, norm_weight, positions, h, rows, squares, hidden, eps, first, count);
+#pragma unroll 1
   for (int base = 0; base < octets; base += AHEAD * WARP) {
 #pragma unroll
     for (int e = 0; e < EXPERTS; ++e)
@@ -193,6 +195,7 @@ DEVICE void multiply(const void* weights, const float* bias, const float* x, con
 DEVICE void choose(const float* logits, u64* keys, int* ids, float* weights, int experts, int k, bool empty) {
   const int lane = threadIdx.x % WARP;
   u64 best = 0;  // of those that this lane looks after
+#pragma unroll 1
   for (int e = lane; e < experts; e += WARP) {
     keys[e] = key_of(logits[e], e);
     best = max(best, keys[e]);
@@ -210,6 +213,7 @@ DEVICE void choose(const float* logits, u64* keys, int* ids, float* weights, int
     if (best == winner) {  // keys differ: one lane
       keys[key_token(winner)] = 0;
       best = 0;
+#pragma unroll 1
       for (int e = lane; e < experts; e += WARP) best = max(best, keys[e]);
     }
   }

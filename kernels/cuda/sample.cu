@@ -15,6 +15,7 @@ constexpr u32 ORDER_MINUS_INFINITY = 0x007FFFFFu, ORDER_INFINITY = 0xFF800000u;
 // best. Everything worse is counted in registers, as thousands of tokens in a few bins would be slow; only if
 // the target lies there does the search go on among the rest.
 constexpr int NEAR_SHIFT = 13, FAR_SHIFT = 32 - BIN_BITS;
+constexpr int HISTOGRAMS = 4;  // at most: the near one, and three from 32 bits down to one value
 
 // Probabilities are summed as whole multiples of 2^-44 of the best token's: any order gives the same sum, and
 // 2^18 tokens stay below 2^63. Each is as good as float32's exp, about 1e-6 of itself; what is rounded off
@@ -57,10 +58,10 @@ struct Row {
   float rate;  // log2(e) / temperature
 };
 
+// Call after a barrier since the last use of `partial`.
 DEVICE u64 block_sum(u64 x, Scratch& scratch) {
 #pragma unroll
   for (int i = WARP / 2; i > 0; i /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, i);
-  __syncthreads();  // the last use of `partial` is over
   if (threadIdx.x % WARP == 0) scratch.partial[threadIdx.x / WARP] = x;
   __syncthreads();
   x = scratch.partial[threadIdx.x % WARP];
@@ -72,7 +73,7 @@ DEVICE u64 block_sum(u64 x, Scratch& scratch) {
 DEVICE u64 block_max(u64 x, Scratch& scratch) {
 #pragma unroll
   for (int i = WARP / 2; i > 0; i /= 2) x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, i));
-  __syncthreads();
+  __syncthreads();  // the last use of `partial` is over
   if (threadIdx.x % WARP == 0) scratch.partial[threadIdx.x / WARP] = x;
   __syncthreads();
   x = scratch.partial[threadIdx.x % WARP];
@@ -81,7 +82,7 @@ DEVICE u64 block_max(u64 x, Scratch& scratch) {
   return x;
 }
 
-// The sum of x over the threads before this one.
+// The sum of x over the threads before this one. Call after a barrier since the last use of `partial`.
 DEVICE u64 block_scan(u64 x, Scratch& scratch) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u64 sum = x;
@@ -90,7 +91,6 @@ DEVICE u64 block_scan(u64 x, Scratch& scratch) {
     const u64 before = __shfl_up_sync(0xFFFFFFFFu, sum, i);
     if (lane >= i) sum += before;
   }
-  __syncthreads();
   if (lane == WARP - 1) scratch.partial[warp] = sum;
   __syncthreads();
   u64 before = lane < warp ? scratch.partial[lane] : 0;
@@ -141,8 +141,8 @@ DEVICE Found search(const Row& row, const Limit& limit, u64 target, float p, Scr
   if (SEARCH == BY_ID)
     for (shift = 0; (u32)(row.size - 1) >> shift >= BINS;) ++shift;
   u64 before = 0;
-  bool first = true;
-  for (;;) {
+  for (int histogram = 0; histogram < HISTOGRAMS; ++histogram) {
+    const bool first = histogram == 0;
     for (int i = threadIdx.x; i < BINS; i += THREADS) scratch.low[i] = scratch.high[i] = 0;
     __syncthreads();
     u64 sum = 0;
@@ -189,8 +189,6 @@ DEVICE Found search(const Row& row, const Limit& limit, u64 target, float p, Scr
     __syncthreads();
     const Found found = scratch.found;
     const u64 all = scratch.all;
-    __syncthreads();
-    first = false;
     if (!found.reached) {  // only the first histogram may end before the target
       before = all;
       base = (u32)BINS << NEAR_SHIFT;
@@ -202,6 +200,7 @@ DEVICE Found search(const Row& row, const Limit& limit, u64 target, float p, Scr
     if (shift == 0) return {base, before, found.at, target, true};
     shift = max(0, shift - BIN_BITS);
   }
+  return {0, 0, 0, target, false};  // does not happen: the last histogram has bins of one value
 }
 
 // The distance of the worst logit that min_p keeps. Exact: the sum is made in double, by one thread.
@@ -288,8 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // One block, a thread per row: turns keys into tokens, in `drawn` for the next step to look up. result (R,
 // 2), for the host: the token, and 1 where none could be drawn because a logit was NaN or +infinity or all
 // were -infinity (the token is 0 then, which is safe to go on with). Keys end as 0.
-extern "C" __global__ void __launch_bounds__(256)
-    finish(u64* best, int* drawn, int* result, int rows) {
+extern "C" __global__ void __launch_bounds__(256) finish(u64* best, int* drawn, int* result, int rows) {
   for (int r = threadIdx.x; r < rows; r += blockDim.x) {
     const u64 key = best[r];
     best[r] = KEY_NONE;

@@ -87,6 +87,14 @@ DEVICE void load_chunk(Chunk& r, const Tile& tile, int chunk, int group_blocks) 
   load_scales(r, tile.scales, chunk, group_blocks);
 }
 
+#if defined(WEIGHTS_DENSE)
+DEVICE void load_block(Chunk& r, const Tile& tile, int chunk, int block) {
+#pragma unroll
+  for (int v = 2 * block; v < 2 * block + 2; ++v)
+    r.codes[v] = load_once(tile.codes + (chunk * VECTORS + v) * WARP);
+}
+#endif
+
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 #if defined(WEIGHTS_MXFP4)

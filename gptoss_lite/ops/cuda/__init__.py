@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import BLOCK_TOKENS, KVCache
+from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
@@ -26,7 +26,7 @@ from gptoss_lite.sampling import Draw, Sampled, not_finite, sample_each
 HEAD_DIM = 64
 _DECODE_TILE, _PREFILL_TILE = 8, 64  # rows of one expert that are computed together
 _MOST_SPLITS = 64
-_MOST_ROWS = 64  # wanted without a draw: more are a prompt's, and are computed as a prompt is
+_MOST_ROWS = MAX_SEQUENCES  # wanted without a draw: more are a prompt's, and are computed as such
 _MOST_DRAWS = 4096  # in one step
 
 
@@ -56,12 +56,13 @@ class CUDAOps(Ops):
         self._lock = threading.RLock()
         self._step_buffers = StepBuffers(runtime)
         # Launches of steps without prefill, None for those that ran once; they hold while the cache lives.
-        self._recordings: WeakKeyDictionary[KVCache, dict[tuple[Network, Shape], Any]] = WeakKeyDictionary()
+        self._recordings: WeakKeyDictionary[KVCache, dict[Shape, Any]] = WeakKeyDictionary()
         self._scratch = Scratch(runtime, moved=self._recordings.clear)
         # What the last step over a cache drew, by row: a cache belongs to one engine.
         self._drawn: WeakKeyDictionary[KVCache, Array] = WeakKeyDictionary()
-        self._step: Step  # the one whose launches are being made, and its cache
-        self._cache: KVCache
+        self._step: Step  # the one whose launches are being made
+        self._tokens: Array  # where it finds what was drawn, and puts what it draws
+        self._unnoted: list[Callable[[], Any]] = []  # choices of experts that `hot` has not heard of yet
         self._pieces: list[Any] = []  # its logits, on the host, where they are many
 
     @contextmanager
@@ -105,13 +106,13 @@ class CUDAOps(Ops):
         with self._lock:
             step = self._upload(batch, None)
             self._launch(network, step, cache)
-            chosen = self._fetch_chosen(step)
+            due = self._fetch_chosen(step)
             if _is_prompt(step.shape):
                 logits = np.concatenate(self._pieces)
                 self._pieces.clear()
             else:
-                logits = self._runtime.fetch(self._logits_buffer(step.shape))()
-            self._note(chosen)
+                logits = self._runtime.download(self._logits_buffer(step.shape.rows))
+            self._note(due)
         return logits[: len(batch.rows)]
 
     def can_run_ahead(self, draw: Draw) -> bool:
@@ -122,29 +123,32 @@ class CUDAOps(Ops):
         """See Ops.begin."""
         with self._lock:
             step = self._upload(batch, draws)
+            results = self._scratch.array("results", (step.shape.rows, 2), np.int32)
             self._launch(network, step, cache)
-            chosen = self._fetch_chosen(step)
+            due = self._fetch_chosen(step)
             if not draws:  # part of a prompt: nobody waits for it
                 return list
-            logits = self._logits_buffer(step.shape)
-            results = self._runtime.fetch(self._scratch.array("results", (step.shape.rows, 2), np.int32))
+            drawn = self._runtime.fetch(results)
+            logits = self._logits_buffer(step.shape.rows)
             on_host = {
                 row: self._runtime.fetch(logits[row : row + 1])
                 for row, draw in enumerate(draws)
                 if not _drawn_on_device(draw)
             }
+        positions = [draw.position for draw in draws]  # their tokens grow meanwhile
 
         def finish() -> list[Sampled | Exception]:
-            self._note(chosen)
-            drawn: list[Sampled | Exception] = []
-            for row, (draw, (token, failed)) in enumerate(zip(draws, results().tolist(), strict=False)):
+            found: list[Sampled | Exception] = []
+            for row, (token, failed) in enumerate(drawn().tolist()[: len(draws)]):
                 if row in on_host:
-                    drawn += sample_each(on_host[row](), [draw])
+                    found += sample_each(on_host[row](), [draws[row]])
                 elif failed:
-                    drawn.append(not_finite(draw))
+                    found.append(not_finite(positions[row]))
                 else:
-                    drawn.append(Sampled(token))
-            return drawn
+                    found.append(Sampled(token))
+            with self._lock:
+                self._note(due)
+            return found
 
         return finish
 
@@ -159,31 +163,46 @@ class CUDAOps(Ops):
         shape = step.shape
 
         def work() -> None:
-            self._step, self._cache = step, cache
+            self._step, self._tokens = step, self._drawn[cache]
             network(step, cache)
             if shape.draws:
                 self._draw(step)
 
-        if shape.prefills or _is_prompt(shape):
-            work()
-            return
-        recordings, key = self._recordings.setdefault(cache, {}), (network, shape)
-        if key not in recordings:  # once as it is: recording wants every kernel loaded and every buffer there
-            work()
-            self._recordings.setdefault(cache, {})[key] = None
-            return
-        if recordings[key] is None:
-            recordings[key] = self._runtime.capture(work)
-        self._runtime.replay(recordings[key])
+        try:
+            if shape.prefills or _is_prompt(shape):
+                work()
+                return
+            recordings = self._recordings.setdefault(cache, {})
+            if shape not in recordings:  # once as it is: then every kernel is loaded and every buffer there
+                work()
+                self._recordings.setdefault(cache, {})[shape] = None
+                return
+            if recordings[shape] is None:
+                recordings[shape] = self._runtime.capture(work)
+            self._runtime.replay(recordings[shape])
+        except BaseException:
+            self._scratch.clear()  # half a step may have left counters and keys behind
+            raise
 
-    def _fetch_chosen(self, step: Step) -> Callable[[], Any] | None:
-        """Queue the fetching of the choices of experts that lie on the host, for the next steps' sake."""
-        layers = len(self._weights.hot.layers)
-        return self._runtime.fetch(self._host_ids(step.shape.tokens)) if layers else None
+    def _fetch_chosen(self, step: Step) -> list[Callable[[], Any]]:
+        """Queue the fetching of the choices of experts that lie on the host, for the next steps' sake.
 
-    def _note(self, chosen: Callable[[], Any] | None) -> None:
-        if chosen is not None:
-            self._weights.hot.note(chosen())
+        Returns all that will have come when this step is done: this one's, and those that nobody waited for.
+        """
+        if self._weights.hot.layers:
+            self._unnoted.append(self._runtime.fetch(self._host_ids(step.shape.tokens)))
+        return list(self._unnoted)
+
+    def _note(self, due: list[Callable[[], Any]]) -> None:
+        for chosen in due:
+            if chosen in self._unnoted:
+                self._unnoted.remove(chosen)
+                self._weights.hot.note(chosen())
+
+    def _rows(self, name: str, shape: tuple[int, ...], dtype: Any, per_token: int = 1) -> Array:
+        """Give scratch memory of shape[0] rows, so many per token, with room for a step of any length."""
+        most = max(shape[0], self.step_tokens * per_token)
+        return self._scratch.array(name, (most, *shape[1:]), dtype)[: shape[0]]
 
     def _host_ids(self, tokens: int) -> Array:
         """Where the choices of layers with experts on the host are kept, (layers, T, k)."""
@@ -193,11 +212,11 @@ class CUDAOps(Ops):
     def embed(self, table: Any, rope: Rope, batch: Any) -> tuple[Array, Array]:
         """See Ops.embed; a negative token -1 - r stands for what row r of the step before drew."""
         tokens = batch.shape.tokens
-        x = self._scratch.array("x", (tokens, table.hidden), np.float32)
-        rotation = self._scratch.array("rotation", (tokens, HEAD_DIM), np.float32)
+        x = self._rows("x", (tokens, table.hidden), np.float32)
+        rotation = self._rows("rotation", (tokens, HEAD_DIM), np.float32)
         inv_freq = self._scratch.filled("inv_freq", rope.inv_freq)
         dense.embed(
-            self._runtime, table.data, batch.tokens, self._drawn[self._cache], batch.positions, inv_freq, x,
+            self._runtime, table.data, batch.tokens, self._tokens, batch.positions, inv_freq, x,
             rotation, concentration=rope.concentration, fp16=table.is_fp16,
         )  # fmt: skip
         return x, rotation
@@ -210,7 +229,7 @@ class CUDAOps(Ops):
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         weight: Matrix = w.weight
         heads = weight.layout.rows // HEAD_DIM - 2 * keys.shape[1]
-        q = self._scratch.array("q", (len(x), heads, HEAD_DIM), np.float32)
+        q = self._rows("q", (len(x), heads, HEAD_DIM), np.float32)
         if d:
             dense.qkv_decode(
                 runtime, x[:d], norm.weight, weight.data, weight.layout, w.bias, rotation[:d],
@@ -218,7 +237,7 @@ class CUDAOps(Ops):
             )  # fmt: skip
         if batch.shape.prefills:
             h = self._normalised(x[d:], None, norm, weight.layout.bf16)
-            projected = self._scratch.array("projected", (len(h), weight.layout.rows), np.float32)
+            projected = self._rows("projected", (len(h), weight.layout.rows), np.float32)
             gemm.linear(runtime, h, weight.data, weight.layout, weight.order, w.bias, projected)
             attention.rotate_append(
                 runtime, projected, rotation[d:], batch.sequence_of[d:], batch.positions[d:], table, keys,
@@ -233,7 +252,7 @@ class CUDAOps(Ops):
         """See Ops.attention; the result is in operand order, in the type that out_proj's products want."""
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         heads, key_heads = q.shape[1], keys.shape[1]
-        out = self._scratch.array("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
+        out = self._rows("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
         options: dict[str, Any] = {
             "window": window or 0, "bf16_out": self._weights.bf16["out", layer], "kv_fp16": self._kv_fp16
         }  # fmt: skip
@@ -268,10 +287,10 @@ class CUDAOps(Ops):
     def route(self, x: Array, norm: Norm, router: Linear, k: int) -> tuple[Array, Array, Array]:
         """See Ops.route; h is in operand order, in the type that the experts' products want."""
         weight: Router = router.weight
-        h = self._scratch.array("h", (len(x), padded(x.shape[1])), np.uint16)
+        h = self._rows("h", (len(x), padded(x.shape[1])), np.uint16)
         ids = self._ids(weight.layer, len(x), k)
-        weights = self._scratch.array("weights", (len(x), k), np.float32)
-        logits = self._scratch.array("router_logits", (len(x), len(weight.data)), np.float32)
+        weights = self._rows("weights", (len(x), k), np.float32)
+        logits = self._rows("router_logits", (len(x), len(weight.data)), np.float32)
         routing.route(
             self._runtime, x, norm.weight, weight.data, router.bias, self._step.positions, h, ids, weights,
             logits, self._scratch.counters("router_counters", len(x)), eps=norm.eps,
@@ -283,7 +302,7 @@ class CUDAOps(Ops):
         """Where a layer's choices go, (T, k); they are kept for layers whose experts lie on the host."""
         layers = self._weights.hot.layers
         if layer not in layers:
-            return self._scratch.array("ids", (tokens, k), np.int32)
+            return self._rows("ids", (tokens, k), np.int32)
         return self._host_ids(tokens)[layers.index(layer)]
 
     def experts(
@@ -304,9 +323,9 @@ class CUDAOps(Ops):
     ) -> None:  # fmt: skip
         """Run the experts of rows that all are decode rows (tiles of 8) or all prefill rows (of 64)."""
         runtime, up, out = self._runtime, gate_up.weight, down.weight
-        pairs, bf16 = ids.size, out.layout.bf16
+        pairs, k, bf16 = ids.size, ids.shape[1], out.layout.bf16
         order, place, tiles = self._group(ids, len(up.table), tile)
-        inner = self._scratch.array("inner", (pairs, out.layout.chunks * CHUNK), np.uint16)
+        inner = self._rows("inner", (pairs, out.layout.chunks * CHUNK), np.uint16, k)
         if tile == _DECODE_TILE:
             moe.gate_up_decode(
                 runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit,
@@ -319,13 +338,13 @@ class CUDAOps(Ops):
         gemm.moe_gate_up_prefill(
             runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit, bf16_out=bf16
         )
-        y = self._scratch.array("y", (pairs, x.shape[1]), np.float32)
+        y = self._rows("y", (pairs, x.shape[1]), np.float32, k)
         gemm.moe_down_prefill(runtime, inner, out.table, out.layout, down.bias, *tiles, y)
         gemm.combine(runtime, y, place, weights, x)
 
     def _group(self, ids: Array, experts: int, tile: int) -> tuple[Array, Array, Tiles]:
         """Sort pairs (token, choice) by expert: each one's token, where each went (T, k), and the tiles."""
-        pairs = ids.size
+        pairs, k = ids.size, ids.shape[1]
         if len(ids) == 1:  # nothing to sort: each choice of the one token is a tile of its own
             number = np.arange(pairs, dtype=np.int32)
             start = self._scratch.filled("one_token_start", number)
@@ -334,12 +353,12 @@ class CUDAOps(Ops):
             order = self._scratch.filled("one_token_order", np.zeros_like(number))
             return order, start.reshape(1, -1), Tiles(ids.reshape(-1), start, rows, count)
         most = routing.tile_capacity(pairs, experts, tile)
-        order = self._scratch.array("order", (pairs,), np.int32)
-        place = self._scratch.array("place", ids.shape, np.int32)
+        order = self._rows("order", (pairs,), np.int32, k)
+        place = self._rows("place", ids.shape, np.int32)
         tiles = Tiles(
-            self._scratch.array("tile_expert", (most,), np.int32),
-            self._scratch.array("tile_start", (most,), np.int32),
-            self._scratch.array("tile_rows", (most,), np.int32),
+            self._rows("tile_expert", (most,), np.int32, k),
+            self._rows("tile_start", (most,), np.int32, k),
+            self._rows("tile_rows", (most,), np.int32, k),
             self._scratch.array("tile_count", (1,), np.int32),
         )
         routing.group(self._runtime, ids, order, place, *tiles, experts=experts, tile=tile)
@@ -354,7 +373,7 @@ class CUDAOps(Ops):
                 for first in range(0, shape.rows, _MOST_ROWS)
             ]
             return self._pieces
-        logits = self._logits_buffer(shape)
+        logits = self._logits_buffer(shape.rows)
         fused = shape.draws and not shape.filtered
         kept = logits if shape.logits or shape.filtered else None
         dense.lm_head_decode(
@@ -367,7 +386,7 @@ class CUDAOps(Ops):
     def _many_logits(self, x: Array, rows: Array, norm: Norm, weight: Matrix) -> Any:
         """Project rows as a prompt's, and bring them to the host, for all of them would be huge."""
         h = self._normalised(x, rows, norm, weight.layout.bf16)
-        logits = self._scratch.array("logits", (len(rows), self._weights.vocab_size), np.float32)
+        logits = self._logits_buffer(len(rows))
         gemm.linear(self._runtime, h, weight.data, weight.layout, weight.order, None, logits)
         return self._runtime.download(logits)
 
@@ -376,15 +395,17 @@ class CUDAOps(Ops):
         runtime, shape = self._runtime, step.shape
         best = self._best(shape)
         if shape.filtered:
+            logits = self._logits_buffer(shape.rows)
             sampling.sample(
-                runtime, self._logits_buffer(shape), step.temperature, step.top_k, step.top_p, step.min_p,
-                step.seed, step.choice, step.draw_positions, best,
+                runtime, logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seed, step.choice,
+                step.draw_positions, best,
             )  # fmt: skip
         results = self._scratch.array("results", (shape.rows, 2), np.int32)
-        sampling.finish(runtime, best, self._drawn[self._cache][: shape.rows], results)
+        sampling.finish(runtime, best, self._tokens[: shape.rows], results)
 
-    def _logits_buffer(self, shape: Shape) -> Array:
-        return self._scratch.array("logits", (shape.rows, self._weights.vocab_size), np.float32)
+    def _logits_buffer(self, rows: int) -> Array:
+        most = max(rows, _MOST_ROWS)
+        return self._scratch.array("logits", (most, self._weights.vocab_size), np.float32)[:rows]
 
     def _best(self, shape: Shape) -> Array:
         return self._scratch.filled("best", np.zeros(shape.rows, np.uint64))
@@ -392,7 +413,7 @@ class CUDAOps(Ops):
     def _normalised(self, x: Array, rows: Array | None, norm: Norm, bf16: bool) -> Array:
         """Normalise rows of x into operands."""
         count = len(x) if rows is None else len(rows)
-        h = self._scratch.array("normalised", (count, padded(x.shape[1])), np.uint16)
+        h = self._rows("normalised", (count, padded(x.shape[1])), np.uint16)
         dense.rms_norm(self._runtime, x, rows, norm.weight, h, eps=norm.eps, bf16=bf16)
         return h
 

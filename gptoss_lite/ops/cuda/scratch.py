@@ -24,8 +24,7 @@ class Scratch:
         """Give an array of undefined contents: those of the last use, or none."""
         count = math.prod(shape)
         if not self._has(name, count):
-            self._arrays[name] = self._runtime.empty((max(count, 1),), dtype)
-            self._moved()
+            self._keep(name, self._runtime.empty((max(count, 1),), dtype))
         return self._arrays[name][:count].reshape(shape)
 
     def counters(self, name: str, count: int) -> Array:
@@ -35,8 +34,19 @@ class Scratch:
     def filled(self, name: str, values: npt.NDArray[np.generic]) -> Array:
         """Give an array that held these values when it was new."""
         if not self._has(name, values.size):
-            self._runtime.upload(values, self.array(name, values.shape, values.dtype))
+            array = self._runtime.empty(values.shape, values.dtype)
+            self._runtime.upload(values, array)
+            self._keep(name, array.reshape(-1))
         return self.array(name, values.shape, values.dtype)
+
+    def clear(self) -> None:
+        """Forget every array and what it held."""
+        self._arrays.clear()
+        self._moved()
+
+    def _keep(self, name: str, array: Array) -> None:
+        self._arrays[name] = array
+        self._moved()
 
     def _has(self, name: str, count: int) -> bool:
         return name in self._arrays and len(self._arrays[name]) >= count

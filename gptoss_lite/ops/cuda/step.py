@@ -79,14 +79,14 @@ def lay_out(
     A batch of nothing but decode rows is padded to a power of two with rows at position -1.
     """
     counts = np.diff(batch.query_start)
-    order = np.argsort(counts > 1, kind="stable")  # sequences, decode rows first
+    order = np.argsort(~batch.decoding, kind="stable")  # sequences, decode rows first
     starts = batch.query_start[:-1]
     taken = np.concatenate(
         [np.arange(starts[s], starts[s] + counts[s]) for s in order]
     )  # old row of each new
     new_row = np.empty(len(taken), np.int32)
     new_row[taken] = np.arange(len(taken))
-    alone = int((counts == 1).sum())
+    alone = int(batch.decoding.sum())
     prefills = len(taken) - alone
     decodes = alone if prefills else _power_of_two(alone)
     padding = decodes - alone
@@ -116,7 +116,7 @@ def lay_out(
         "min_p": (np.float32, [p.min_p for p in params], 0),
         "seed": (np.uint64, [draw.seed for draw in draws], 0),
         "choice": (np.int32, [draw.choice for draw in draws], 0),
-        "draw_positions": (np.int32, [draw.position for draw in draws], 0),
+        "draw_positions": (np.int32, [draw.position for draw in draws], -1),
     }
     for name, (dtype, values, default) in columns.items():
         fields[name] = _padded(np.array(values, dtype), rows, default)
@@ -132,7 +132,7 @@ class StepBuffers:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._recorded: dict[Shape, Array] = {}
+        self._recorded: dict[Shape, tuple[Array, Step]] = {}
         self._shared: Array | None = None
 
     def upload(self, shape: Shape, fields: dict[str, npt.NDArray[Any]]) -> Step:
@@ -143,28 +143,28 @@ class StepBuffers:
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         host = np.empty(end, np.uint8)
         for name, array in fields.items():
-            host[offsets[name] : offsets[name] + array.nbytes] = (
-                np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            )
-        device = self._place(shape, end)
+            part = host[offsets[name] : offsets[name] + array.nbytes]
+            part[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        device, step = self._recorded.get(shape, (None, None))
+        if device is None or step is None:
+            device = self._place(shape, end)
+            views = {
+                name: device[at : at + fields[name].nbytes]
+                .view(fields[name].dtype)
+                .reshape(fields[name].shape)
+                for name, at in offsets.items()
+            }
+            step = Step(shape, **views)
+            if not shape.prefills:
+                self._recorded[shape] = device, step
         self._runtime.upload(host, device)
-        views = {
-            name: device[offsets[name] : offsets[name] + array.nbytes].view(array.dtype).reshape(array.shape)
-            for name, array in fields.items()
-        }
-        return Step(shape, **views)
-
-    def forget(self) -> None:
-        """Drop the places of recorded shapes."""
-        self._recorded.clear()
+        return step
 
     def _place(self, shape: Shape, nbytes: int) -> Array:
         if not shape.prefills:
-            if shape not in self._recorded:
-                self._recorded[shape] = self._runtime.empty(nbytes, np.uint8)
-            return self._recorded[shape]
+            return self._runtime.empty((nbytes,), np.uint8)
         if self._shared is None or len(self._shared) < nbytes:
-            self._shared = self._runtime.empty(_power_of_two(nbytes), np.uint8)
+            self._shared = self._runtime.empty((_power_of_two(nbytes),), np.uint8)
         return self._shared[:nbytes]
 
 

@@ -1,165 +1,31 @@
 """Every kernel alone, at gpt-oss's own sizes, over weights that no cache holds."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from bench.gpu_device import Device, Result, bits16, median
-from gptoss_lite.config import ModelConfig, RopeConfig
+from bench.gpu.device import Device, Result, bits16
+from bench.gpu.timing import (
+    BLOCK_TOKENS,
+    DECODE_TILE,
+    EPS,
+    HEAD_DIM,
+    LIMIT,
+    MIN_WIDTH,
+    MOST_SPLITS,
+    PREFILL_TILE,
+    Bench,
+    Groups,
+    Sizes,
+    choices,
+    expert_layouts,
+    tables_of,
+)  # fmt: skip
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
-from gptoss_lite.kernels.cuda.layout import CHUNK, Format, Layout, gate_up_rows, plain_rows, rope_rows
+from gptoss_lite.kernels.cuda.layout import Format, Layout, plain_rows, rope_rows
 from gptoss_lite.kernels.cuda.runtime import Array
-
-HEAD_DIM = 64
-BLOCK_TOKENS = 16
-EPS, LIMIT = 1e-5, 7.0
-DECODE_TILE, PREFILL_TILE = 8, 64
-MOST_COPIES = 1024  # of what a kernel reads: together they are four times the L2 cache, if so many can be
-MOST_SPLITS, MIN_WIDTH = 64, 16  # as ops/cuda has them
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """A network's sizes, and what to time at them."""
-
-    hidden: int
-    heads: int
-    key_heads: int
-    intermediate: int
-    experts: tuple[int, ...]  # the first has its products timed, all their routing
-    k: int
-    vocab: int
-    window: int
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    prefills: tuple[int, ...]
-    launches: int  # in one recording, at least
-    rounds: int
-
-
-REAL = Sizes(
-    2880, 64, 8, 2880, (32, 128), 4, 201_088, 128, (128, 4096, 32_768, 131_072), (1, 8), (512, 2048), 24, 5
-)
-SMALL = Sizes(96, 8, 2, 64, (8, 16), 2, 512, 128, (20, 300), (1, 8), (70,), 2, 2)
-
-
-def network(name: str) -> ModelConfig:
-    """Give the configuration of gpt-oss-20b or -120b; of a network like them that is tiny for "tiny"."""
-    layers, experts = {"20b": (24, 32), "120b": (36, 128), "tiny": (2, 8)}[name]
-    tiny = name == "tiny"
-    return ModelConfig(
-        vocab_size=1024 if tiny else 201_088,
-        hidden_size=96 if tiny else 2880,
-        intermediate_size=64 if tiny else 2880,
-        num_hidden_layers=layers,
-        num_attention_heads=8 if tiny else 64,
-        num_key_value_heads=2 if tiny else 8,
-        head_dim=64,
-        num_local_experts=experts,
-        num_experts_per_tok=4,
-        sliding_window=128,
-        max_position_embeddings=131_072,
-        rms_norm_eps=1e-5,
-        swiglu_limit=7.0,
-        layer_types=tuple(("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)),
-        rope=RopeConfig(150_000.0, 32.0, 4096, 32.0, 1.0, False),
-        quant_method="mxfp4",
-    )
-
-
-def padded(columns: int) -> int:
-    """Columns of a row of operands."""
-    return -(-columns // CHUNK) * CHUNK
-
-
-class Bench:
-    """Times launches in a recording, and makes the arrays that they want."""
-
-    def __init__(self, device: Device, sizes: Sizes) -> None:
-        self.device, self.runtime, self.sizes = device, device.runtime, sizes
-        self.rng = np.random.default_rng(0)
-        self.kv_fp16 = self.runtime.arch == "sm_75"
-
-    def time(
-        self, name: str, launch: Callable[[int], None], copies: int, *, nbytes: float = 0, flops: float = 0,
-        **labels: Any,
-    ) -> Result:  # fmt: skip
-        """Time launch(i) for i going round `copies`; nbytes: what one must read and write at the least."""
-        count = max(copies, self.sizes.launches)
-
-        def work() -> None:
-            for i in range(count):
-                launch(i % copies)
-
-        launch(0)  # a recording wants kernels that are loaded
-        recording = self.runtime.capture(work)
-        times = self.device.seconds(lambda: self.runtime.replay(recording), self.sizes.rounds)
-        seconds = median(times) / count
-        result: Result = {"kernel": name, **labels, "us": seconds * 1e6}
-        if nbytes:
-            result |= {"bytes": int(nbytes), "bytes_per_s": nbytes / seconds}
-        if flops:
-            result |= {"flops": flops, "flops_per_s": flops / seconds}
-        return result
-
-    def copies(self, nbytes: float) -> int:
-        """How many copies of so many bytes are four times the cache."""
-        return int(min(MOST_COPIES, max(1, -(-4 * self.device.l2_bytes // max(nbytes, 1)))))
-
-    def upload(self, array: npt.NDArray[Any]) -> Array:
-        """Bring an array to the device."""
-        target = self.runtime.empty(array.shape, array.dtype)
-        self.runtime.upload(np.ascontiguousarray(array), target)
-        return target
-
-    def repeated(self, array: npt.NDArray[Any], copies: int) -> Array:
-        """Bring so many copies of an array to the device: (copies, ...)."""
-        target = self.runtime.empty((copies, *array.shape), array.dtype)
-        self.runtime.upload(array, target[0])
-        for copy in range(1, copies):
-            self.runtime.copy(target[0], target[copy])
-        return target
-
-    def packed(self, layout: Layout, copies: int) -> Array:
-        """Make packed matrices (copies, nbytes) of plausible numbers, whatever their order."""
-        if layout.format is Format.DENSE:
-            data = bits16(self.rng, (layout.nbytes // 2,), layout.bf16).view(np.uint8)
-        else:
-            data = self.rng.integers(0, 256, layout.nbytes, np.uint8)
-            data[layout.code_bytes :] = self.rng.integers(132, 136, layout.nbytes - layout.code_bytes)
-        return self.repeated(data, copies)
-
-    def floats(self, *shape: int) -> Array:
-        """Make normal float32 numbers."""
-        return self.upload(self.rng.standard_normal(shape, np.float32))
-
-    def ints(self, values: Any) -> Array:
-        """Bring int32 numbers to the device."""
-        return self.upload(np.asarray(values, np.int32))
-
-    def operands(self, rows: int, columns: int) -> Array:
-        """Make fp16 operands."""
-        return self.upload(bits16(self.rng, (rows, padded(columns)), False))
-
-    def cache(self, blocks: int) -> tuple[Array, Array]:
-        """Make keys and values of so many blocks."""
-        shape = self.sizes.key_heads, BLOCK_TOKENS, HEAD_DIM
-        bits = bits16(self.rng, (min(blocks, 1024), *shape), not self.kv_fp16)
-        whole = -(-blocks // len(bits))
-        keys, values = (self.repeated(part, whole).reshape(-1, *shape) for part in (bits, bits[::-1].copy()))
-        return keys, values
-
-    def empty(self, *shape: int, dtype: Any = np.float32) -> Array:
-        """Set aside memory."""
-        return self.runtime.empty(shape, dtype)
-
-    def zeros(self, count: int, dtype: Any) -> Array:
-        """Set aside memory that is zero."""
-        return self.upload(np.zeros(count, dtype))
 
 
 def kernels(device: Device, sizes: Sizes) -> Iterator[Result]:
@@ -232,60 +98,6 @@ def _dense_decode(b: Bench, S: int) -> Iterator[Result]:
     )  # fmt: skip
 
 
-def _choices(b: Bench, sets: int, tokens: int, experts: int) -> npt.NDArray[np.int32]:
-    """Choose k experts of each token at random: ids (sets, tokens, k); of one token, all experts in turn."""
-    k = b.sizes.k
-    order = b.rng.random((sets, tokens, experts), np.float32).argsort(axis=2).astype(np.int32)
-    if tokens > 1:
-        return order[:, :, :k].copy()
-    each = experts // k  # sets without an expert in common
-    return order[: -(-sets // each), 0, : each * k].reshape(-1, 1, k)[:sets]
-
-
-class _Groups:
-    """Grouping arrays of several choices, made on the device: [i] -> (order, tiles of experts ...), place."""
-
-    def __init__(self, b: Bench, ids: npt.NDArray[np.int32], experts: int, tile: int) -> None:
-        sets, tokens, k = ids.shape
-        most = routing.tile_capacity(tokens * k, experts, tile)
-        self.ids = b.ints(ids)
-        self.place = b.empty(*ids.shape, dtype=np.int32)
-        self._order = b.empty(sets, tokens * k, dtype=np.int32)
-        self._expert, self._start, self._rows = (b.empty(sets, most, dtype=np.int32) for _ in range(3))
-        self._count = b.empty(sets, 1, dtype=np.int32)
-        self.experts, self.tile, self._runtime = experts, tile, b.runtime
-        for i in range(sets):
-            self.group(i)
-
-    def group(self, i: int) -> None:
-        """Launch the grouping of one set."""
-        order, expert, start, rows, count = self[i]
-        routing.group(
-            self._runtime, self.ids[i], order, self.place[i], expert, start, rows, count,
-            experts=self.experts, tile=self.tile,
-        )  # fmt: skip
-
-    def __getitem__(self, i: int) -> tuple[Array, Array, Array, Array, Array]:
-        return self._order[i], self._expert[i], self._start[i], self._rows[i], self._count[i]
-
-
-def _tables(b: Bench, layout: Layout, experts: int) -> tuple[Array, Array]:
-    """Make layers of experts until no cache holds them: tables uint64 (layers, E), and what they point at."""
-    layers = b.copies(experts * layout.nbytes)
-    records = b.packed(layout, layers * experts)
-    first = b.runtime.address(records)
-    addresses = np.arange(layers * experts, dtype=np.uint64) * np.uint64(layout.nbytes) + np.uint64(first)
-    return b.upload(addresses.reshape(layers, experts)), records
-
-
-def _expert_layouts(b: Bench) -> tuple[Layout, Layout]:
-    s = b.sizes
-    return (
-        Layout(Format.MXFP4, len(gate_up_rows(s.intermediate)), s.hidden),
-        Layout(Format.MXFP4, s.hidden, s.intermediate),
-    )
-
-
 def _experts_decode(b: Bench, S: int) -> Iterator[Result]:
     """Routing, and the two products of the chosen experts."""
     s, rt = b.sizes, b.runtime
@@ -293,19 +105,19 @@ def _experts_decode(b: Bench, S: int) -> Iterator[Result]:
     x, norm, positions = b.floats(S, s.hidden), b.floats(s.hidden), b.ints(np.arange(S))
     for experts in s.experts:
         yield _route(b, S, experts, x, norm, positions, batch=S)
-    up, down = _expert_layouts(b)
+    up, down = expert_layouts(b)
     experts = s.experts[0]
     sets = 8 * -(-experts // s.k)
-    ids = _choices(b, sets, S, experts)
+    ids = choices(b, sets, S, experts)
     used = float(np.mean([len(np.unique(one)) for one in ids]))  # experts that a launch reads
-    groups = _Groups(b, ids, experts, DECODE_TILE)
+    groups = Groups(b, ids, experts, DECODE_TILE)
     if S > 1:  # one token's choices need no sorting
         yield time("group", groups.group, sets, experts=experts)
     pairs = S * s.k
     weights = b.upload(np.full((S, s.k), 1 / s.k, np.float32))
     h, inner = b.operands(S, s.hidden), b.operands(pairs, s.intermediate)
 
-    tables, _kept = _tables(b, up, experts)
+    tables, _kept = tables_of(b, up, experts)
     bias = b.floats(experts, 2 * s.intermediate)
     yield time(
         "gate_up_decode",
@@ -314,7 +126,7 @@ def _experts_decode(b: Bench, S: int) -> Iterator[Result]:
         ),
         sets, nbytes=used * up.nbytes, experts=experts, experts_read=used,
     )  # fmt: skip
-    down_tables, _records = _tables(b, down, experts)
+    down_tables, _records = tables_of(b, down, experts)
     down_bias, product = b.floats(experts, s.hidden), b.operands(pairs, s.intermediate)
     yield time(
         "down_decode",
@@ -456,12 +268,12 @@ def _experts_prefill(b: Bench, T: int) -> Iterator[Result]:
     x, norm, positions = b.floats(T, s.hidden), b.floats(s.hidden), b.ints(np.arange(T))
     for experts in s.experts:
         yield _route(b, T, experts, x, norm, positions, tokens=T)
-    up, down = _expert_layouts(b)
+    up, down = expert_layouts(b)
     experts, pairs = s.experts[0], T * s.k
-    groups = _Groups(b, _choices(b, 2, T, experts), experts, PREFILL_TILE)
+    groups = Groups(b, choices(b, 2, T, experts), experts, PREFILL_TILE)
     yield time("group", groups.group, 2, experts=experts)
     h, inner = b.operands(T, s.hidden), b.operands(pairs, s.intermediate)
-    tables, _kept = _tables(b, up, experts)
+    tables, _kept = tables_of(b, up, experts)
     bias = b.floats(experts, 2 * s.intermediate)
     yield time(
         "moe_gate_up_prefill",
@@ -470,7 +282,7 @@ def _experts_prefill(b: Bench, T: int) -> Iterator[Result]:
         ),
         2, flops=2.0 * pairs * 2 * s.intermediate * s.hidden, experts=experts,
     )  # fmt: skip
-    down_tables, _records = _tables(b, down, experts)
+    down_tables, _records = tables_of(b, down, experts)
     down_bias, y = b.floats(experts, s.hidden), b.empty(pairs, s.hidden)
     product = b.operands(pairs, s.intermediate)
     yield time(

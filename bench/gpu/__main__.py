@@ -21,15 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench.gpu import report
+from bench.gpu.device import Device, Result, ceilings, first_line, open_device
+from bench.gpu.kernels import kernels
+from bench.gpu.timing import REAL, SMALL
+from gptoss_lite.errors import DeviceError, GptOssError
+from gptoss_lite.kernels.cuda.checks import all_checks
 
-from bench import gpu_report as report  # noqa: E402
-from bench.gpu_device import Device, Result, ceilings, first_line, open_device  # noqa: E402
-from bench.gpu_kernels import REAL, SMALL, kernels  # noqa: E402
-from gptoss_lite.errors import DeviceError, GptOssError  # noqa: E402
-from gptoss_lite.kernels.cuda.checks import all_checks  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("checks", "golden", "ceilings", "kernels", "models", "20b", "120b")
 _WORKERS = 8  # children that check at once: much of that is compiling
 _FATAL = 3  # exit status of a child whose GPU can do no more
@@ -46,7 +45,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench/gpu.py", description="Check and time the CUDA path on a GPU."
+        prog="python3 -m bench.gpu", description="Check and time the CUDA path on a GPU."
     )
     parser.add_argument("--device", choices=("cuda", "emulated"), default="cuda")
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for everything [480]")
@@ -94,7 +93,7 @@ def _results(device: Device, part: str, quick: bool) -> Iterator[Result]:
             return iter([ceilings(device)])
         case "kernels":
             return kernels(device, SMALL if quick else REAL)
-    from bench import gpu_models as models  # wants ml_dtypes, which kernels do not
+    from bench.gpu import models  # wants ml_dtypes, which kernels do not
 
     return models.golden(device, quick) if part == "golden" else models.full_size(device, part)
 
@@ -190,6 +189,8 @@ class Run:
             found = self._part(name, budget, least)
             report.add_accounts(name, found, document["kernels"], document["ceilings"])
             document["models"][name] = found
+            if found and found[0]["what"] == "skipped":
+                document["skipped"][name] = found[0]["reason"]
             if found:
                 self._show(name, report.model(name, found))
         return self._finish()
@@ -314,11 +315,13 @@ class Child:
     def __init__(
         self, options: argparse.Namespace, part: str, first: int = 0, silence: float = math.inf
     ) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--first", str(first)]
+        command = [sys.executable, "-m", "bench.gpu", "--part", part, "--first", str(first)]
         command += ["--device", options.device, "--checks", options.checks, *["--quick"] * options.quick]
         self._silence = silence
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read once the child has ended
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
         self.status = 0
         self.timed_out = self.silent = False
 

@@ -18,7 +18,7 @@ from gptoss_lite.kernels.cuda.source import Kernel
 
 Result: TypeAlias = dict[str, Any]
 
-_READ = Kernel(str(Path(__file__).resolve().parent / "gpu_read.cu"), "read_words")
+_READ = Kernel(str(Path(__file__).resolve().parent / "read.cu"), "read_words")
 _READ_THREADS = 512
 _CHUNK = 1 << 24  # bytes that are made up and uploaded at a time
 _SMI = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"

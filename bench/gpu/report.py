@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.gpu_device import Result
-from bench.gpu_kernels import network
+from bench.gpu.device import Result
+from bench.gpu.timing import network
 
 _TARGETS = {  # tokens per second on an H200: one sequence's decode, a prompt of 2,048 tokens
     ("20b", "decode"): 600.0, ("120b", "decode"): 400.0, ("20b", "prefill"): 10_000.0
@@ -127,14 +127,14 @@ def model(name: str, found: Sequence[Result]) -> str:
         for one in found if one["what"] == "decode"
     ]  # fmt: skip
     lines.append(table(heads, rows))
-    rows = [
+    prefills = [
         (
             f"{one['tokens']} tokens", one["step_tokens"], one["seconds"], one["tokens_per_s"],
             _TARGETS.get((name, "prefill")) if one["tokens"] == 2048 else None,
         )
         for one in found if one["what"] == "prefill"
     ]  # fmt: skip
-    lines.append(table(("prefill", "a step", "s", "tok/s", "target"), rows))
+    lines.append(table(("prefill", "a step", "s", "tok/s", "target"), prefills))
     for one in found:
         if one.get("account"):
             lines.append(_account(one))

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.gpu_device import Device, Result, bits16, first_line, median
-from bench.gpu_kernels import network
+from bench.gpu.device import Device, Result, bits16, first_line, median
+from bench.gpu.timing import network
 from gptoss_lite.checkpoint import Checkpoint, _expected, _Piece, open_checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request, TokenEvent
@@ -24,7 +24,7 @@ from gptoss_lite.ops.cuda import CUDAOps
 from gptoss_lite.quant.tensorfile import StoredTensor
 from gptoss_lite.sampling import SamplingParams
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "data" / "checkpoints" / "tiny"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "data" / "checkpoints" / "tiny"
 GREEDY = SamplingParams(temperature=0.0)
 # What the CUDA path may be off from transformers in float32: fp16 operands, bf16 keys and values, near-ties
 # of the router that flip.
@@ -42,7 +42,7 @@ class MadeTensor(StoredTensor):
 
 
 class MadeCheckpoint(Checkpoint):
-    """A checkpoint without files, of any size in little memory: every layer has the same weights."""
+    """A checkpoint without files, of any size in little memory: layers differ in their routers alone."""
 
     def verify(self, name: str) -> None:
         """Trust it, scales and all."""
@@ -57,10 +57,11 @@ def made_checkpoint(config: ModelConfig) -> MadeCheckpoint:
         kind = next(
             (end for end in ("norm.weight", "blocks", "scales", "bias") if name.endswith(end)), "matrix"
         )
-        if (kind, shape) not in made:
-            made[kind, shape] = _numbers(rng, kind, shape)
+        key = (name if "router" in name else kind), shape
+        if key not in made:
+            made[key] = _numbers(rng, kind, shape)
         dtype = "U8" if kind in ("blocks", "scales") else "BF16"
-        tensor = MadeTensor(Path("made"), name, dtype, shape, made[kind, shape], None)
+        tensor = MadeTensor(Path("made"), name, dtype, shape, made[key], None)
         pieces[name] = _Piece(tensor, slice(0, shape[0]))
     return MadeCheckpoint(Path("made"), config, "mxfp4", pieces)
 
