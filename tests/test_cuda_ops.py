@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from gptoss_lite.batch import Batch
+from gptoss_lite.cache import KVCache
 from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request
@@ -460,3 +461,44 @@ def test_logits_that_are_not_finite_are_an_error_of_the_request() -> None:
         assert isinstance(event.error, GptOssError)
         assert "position 3 are not finite" in str(event.error)
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("cut", [1, 29, 40])
+def test_a_prompt_has_the_same_bits_however_it_is_cut(model: GptOss, cut: int) -> None:
+    tokens = prompt(41)
+    cache = model.ops.new_cache(CONFIG, 8, 8)
+    parts = [(tokens[:cut], 0, list(range(8))), (tokens[cut:], cut, list(range(8)))]
+    for part in parts:  # one token of a prompt, too, is computed as a prompt is
+        logits = model(replace(batch_of([part]), decoding=np.zeros(1, np.bool_)), cache)
+    np.testing.assert_array_equal(logits, model.logits(tokens, last=1))
+
+
+def test_memory_that_runs_out_ahead_loses_no_token(
+    model: GptOss, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, calls = model.begin, 0
+
+    def failing(batch: Batch, cache: KVCache, draws: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if batch.tokens[0] < 0 and calls % 2:
+            raise OutOfMemoryError("no room")
+        return begin(batch, cache, draws)
+
+    monkeypatch.setattr(model, "begin", failing)
+    assert answers(Engine(model), requests(1)) == alone[:1]
+    assert calls > 6
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_behind(
+    model: GptOss, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(model.ops, CUDAOps)
+    engine = Engine(model)
+    assert answers(engine, requests(1)) == alone[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr(model.ops, "_draw", lambda step: 1 / 0)  # with keys of its tokens left to be read
+        engine.submit(requests(2)[1])
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert answers(Engine(model), requests(1)) == alone[:1]

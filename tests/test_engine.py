@@ -296,3 +296,9 @@ def test_prompts_the_model_cannot_take(tiny: GptOss, tokens: list[int], message:
 def test_max_tokens_must_be_a_positive_integer(max_tokens: int) -> None:
     with pytest.raises(RequestError, match="max_tokens"):
         request([1], max_tokens)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True])
+def test_a_seed_has_64_bits(seed: int) -> None:
+    with pytest.raises(RequestError, match="seed is"):
+        Request([1], SamplingParams(), seed)
