@@ -71,6 +71,14 @@ def test_cuda_prefill_is_within_half_precision_of_transformers(layout: Path, gol
     assert_within_half_precision(row_errors(emulated(layout), short(golden(layout))))
 
 
+@pytest.mark.soak
+@needs_compiler
+def test_cuda_prefill_past_the_original_context(network: list[Path], golden: Golden) -> None:
+    reference = golden(network[0])
+    longest = {key: reference[key] for key in ("tokens_long", "logits_long")}
+    assert_within_half_precision(row_errors(emulated(network[0]), longest))
+
+
 @needs_compiler
 @pytest.mark.parametrize("order", ["reversed", "random"])
 def test_cuda_prefill_in_other_thread_orders(network: list[Path], golden: Golden, order: Order) -> None:

@@ -1,7 +1,7 @@
 """The CUDA backend: the network's steps as launches of our own kernels, on a GPU or on the emulator."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES, KVCache
+from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
@@ -17,8 +17,10 @@ from gptoss_lite.kernels.cuda.layout import CHUNK
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import Plan, make_plan
 from gptoss_lite.ops.base import Linear, Network, Norm, Ops, Pending, Use
+from gptoss_lite.ops.cuda.hot import Due
+from gptoss_lite.ops.cuda.recording import Recordings
 from gptoss_lite.ops.cuda.scratch import Scratch
-from gptoss_lite.ops.cuda.step import Shape, Step, StepBuffers, lay_out
+from gptoss_lite.ops.cuda.step import MOST_ROWS, Shape, Step, StepBuffers, drawn_on_device, lay_out
 from gptoss_lite.ops.cuda.weights import Matrix, Router, WeightStore
 from gptoss_lite.rope import Rope
 from gptoss_lite.sampling import Draw, Sampled, not_finite, sample_each
@@ -26,7 +28,6 @@ from gptoss_lite.sampling import Draw, Sampled, not_finite, sample_each
 HEAD_DIM = 64
 _DECODE_TILE, _PREFILL_TILE = 8, 64  # rows of one expert that are computed together
 _MOST_SPLITS = 64
-_MOST_ROWS = MAX_SEQUENCES  # wanted without a draw: more are a prompt's, and are computed as such
 _MOST_DRAWS = 4096  # in one step
 
 
@@ -42,8 +43,8 @@ class Tiles(NamedTuple):
 class CUDAOps(Ops):
     """Fp16 tensor-core products over packed weights, bf16 keys and values, a float32 residual stream.
 
-    Rows that are the only one of their sequence take the decode kernels, whatever else is in the batch; all
-    others take the prefill kernels. A step without prefill is recorded once for its shape and then replayed.
+    Rows that go on with an answer take the decode kernels, whatever else is in the batch; rows of a prompt
+    take the prefill kernels. A step without prefill is recorded once for its shape and then replayed.
     """
 
     step_tokens = 2048  # so many that reading the weights takes less time than computing with them
@@ -55,14 +56,12 @@ class CUDAOps(Ops):
         self._weights: WeightStore
         self._lock = threading.RLock()
         self._step_buffers = StepBuffers(runtime)
-        # Launches of steps without prefill, None for those that ran once; they hold while the cache lives.
-        self._recordings: WeakKeyDictionary[KVCache, dict[Shape, Any]] = WeakKeyDictionary()
-        self._scratch = Scratch(runtime, moved=self._recordings.clear)
+        self._recordings = Recordings(runtime)
+        self._scratch = Scratch(runtime, moved=self._recordings.forget)
         # What the last step over a cache drew, by row: a cache belongs to one engine.
         self._drawn: WeakKeyDictionary[KVCache, Array] = WeakKeyDictionary()
         self._step: Step  # the one whose launches are being made
         self._tokens: Array  # where it finds what was drawn, and puts what it draws
-        self._unnoted: list[Callable[[], Any]] = []  # choices of experts that `hot` has not heard of yet
         self._pieces: list[Any] = []  # its logits, on the host, where they are many
 
     @contextmanager
@@ -105,27 +104,25 @@ class CUDAOps(Ops):
         """See Ops.run."""
         with self._lock:
             step = self._upload(batch, None)
-            self._launch(network, step, cache)
-            due = self._fetch_chosen(step)
-            if _is_prompt(step.shape):
+            due = self._launch(network, step, cache)
+            if step.shape.is_prompt:
                 logits = np.concatenate(self._pieces)
                 self._pieces.clear()
             else:
                 logits = self._runtime.download(self._logits_buffer(step.shape.rows))
-            self._note(due)
+            self._weights.hot.note(due)
         return logits[: len(batch.rows)]
 
     def can_run_ahead(self, draw: Draw) -> bool:
         """See Ops.can_run_ahead: where the device draws, it needs no word from the host."""
-        return _drawn_on_device(draw)
+        return drawn_on_device(draw)
 
     def begin(self, network: Network, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
         """See Ops.begin."""
         with self._lock:
             step = self._upload(batch, draws)
             results = self._scratch.array("results", (step.shape.rows, 2), np.int32)
-            self._launch(network, step, cache)
-            due = self._fetch_chosen(step)
+            due = self._launch(network, step, cache)
             if not draws:  # part of a prompt: nobody waits for it
                 return list
             drawn = self._runtime.fetch(results)
@@ -133,7 +130,7 @@ class CUDAOps(Ops):
             on_host = {
                 row: self._runtime.fetch(logits[row : row + 1])
                 for row, draw in enumerate(draws)
-                if not _drawn_on_device(draw)
+                if not drawn_on_device(draw)
             }
         positions = [draw.position for draw in draws]  # their tokens grow meanwhile
 
@@ -147,7 +144,7 @@ class CUDAOps(Ops):
                 else:
                     found.append(Sampled(token))
             with self._lock:
-                self._note(due)
+                self._weights.hot.note(due)
             return found
 
         return finish
@@ -155,49 +152,24 @@ class CUDAOps(Ops):
     def _upload(self, batch: Batch, draws: Sequence[Draw] | None) -> Step:
         """Put a batch on the device, after the experts that it will likely want."""
         self._weights.hot.promote()
-        on_host = draws is None or not all(map(_drawn_on_device, draws))
+        on_host = draws is None or not all(map(drawn_on_device, draws))
         return self._step_buffers.upload(*lay_out(batch, draws, logits=on_host))
 
-    def _launch(self, network: Network, step: Step, cache: KVCache) -> None:
-        """Queue a step's launches, or replay them."""
-        shape = step.shape
+    def _launch(self, network: Network, step: Step, cache: KVCache) -> Due:
+        """Queue a step's launches, or replay them; returns what its choices of experts will be noted from."""
 
         def work() -> None:
             self._step, self._tokens = step, self._drawn[cache]
             network(step, cache)
-            if shape.draws:
+            if step.shape.draws:
                 self._draw(step)
 
         try:
-            if shape.prefills or _is_prompt(shape):
-                work()
-                return
-            recordings = self._recordings.setdefault(cache, {})
-            if shape not in recordings:  # once as it is: then every kernel is loaded and every buffer there
-                work()
-                self._recordings.setdefault(cache, {})[shape] = None
-                return
-            if recordings[shape] is None:
-                recordings[shape] = self._runtime.capture(work)
-            self._runtime.replay(recordings[shape])
+            self._recordings.launch(cache, step.shape, work)
         except BaseException:
             self._scratch.clear()  # half a step may have left counters and keys behind
             raise
-
-    def _fetch_chosen(self, step: Step) -> list[Callable[[], Any]]:
-        """Queue the fetching of the choices of experts that lie on the host, for the next steps' sake.
-
-        Returns all that will have come when this step is done: this one's, and those that nobody waited for.
-        """
-        if self._weights.hot.layers:
-            self._unnoted.append(self._runtime.fetch(self._host_ids(step.shape.tokens)))
-        return list(self._unnoted)
-
-    def _note(self, due: list[Callable[[], Any]]) -> None:
-        for chosen in due:
-            if chosen in self._unnoted:
-                self._unnoted.remove(chosen)
-                self._weights.hot.note(chosen())
+        return self._weights.hot.fetch(self._host_ids(step.shape.tokens))
 
     def _rows(self, name: str, shape: tuple[int, ...], dtype: Any, per_token: int = 1) -> Array:
         """Give scratch memory of shape[0] rows, so many per token, with room for a step of any length."""
@@ -367,10 +339,10 @@ class CUDAOps(Ops):
     def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Any) -> Array:
         """See Ops.logits; draws at once where nothing but the temperature stands between."""
         runtime, weight, shape = self._runtime, lm_head.weight, batch.shape
-        if _is_prompt(shape):
+        if shape.is_prompt:
             self._pieces = [
-                self._many_logits(x, batch.rows[first : first + _MOST_ROWS], norm, weight)
-                for first in range(0, shape.rows, _MOST_ROWS)
+                self._many_logits(x, batch.rows[first : first + MOST_ROWS], norm, weight)
+                for first in range(0, shape.rows, MOST_ROWS)
             ]
             return self._pieces
         logits = self._logits_buffer(shape.rows)
@@ -404,7 +376,7 @@ class CUDAOps(Ops):
         sampling.finish(runtime, best, self._tokens[: shape.rows], results)
 
     def _logits_buffer(self, rows: int) -> Array:
-        most = max(rows, _MOST_ROWS)
+        most = max(rows, MOST_ROWS)
         return self._scratch.array("logits", (most, self._weights.vocab_size), np.float32)[:rows]
 
     def _best(self, shape: Shape) -> Array:
@@ -425,21 +397,3 @@ class CUDAOps(Ops):
 def padded(columns: int) -> int:
     """Columns of a row of operands."""
     return -(-columns // CHUNK) * CHUNK
-
-
-def _is_prompt(shape: Shape) -> bool:
-    """Whether the logits of so many rows are wanted that they are computed as a prompt's."""
-    return shape.rows > _MOST_ROWS and not shape.draws
-
-
-def _drawn_on_device(draw: Draw) -> bool:
-    """Whether a draw wants nothing that only the host does: processors, biases, penalties, logprobs."""
-    params = draw.params
-    return not (
-        params.logits_processors
-        or params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logprobs is not None
-    )

@@ -1,8 +1,8 @@
 """The experts in demand: copies on the device of those that layers with experts on the host use most."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 _DECAY = 0.98  # of a score with each step: what was wanted 50 steps ago counts a third
 _MARGIN = 1.0  # by which a score must beat that of the expert it replaces, or they would swap for ever
 _COPIES = 4  # experts copied before a step at most: each holds it up by about half a millisecond
+
+
+Due: TypeAlias = list[Callable[[], npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,7 @@ class HotExperts:
         self._slots = slots
         self._kinds: dict[int, list[HostExperts]] = {}
         self._scores: dict[int, npt.NDArray[np.float64]] = {}
+        self._fetched: Due = []  # choices that have not been counted yet
         self._residents: dict[int, npt.NDArray[np.int64]] = {}  # expert in each slot, -1 for none
 
     @property
@@ -57,8 +61,23 @@ class HotExperts:
         self._residents.setdefault(layer, np.full(self._slots, -1))
         return table
 
-    def note(self, ids: npt.NDArray[Any]) -> None:
-        """Count what was chosen in a step: ids int32 (layers, T, k), -1 for none."""
+    def fetch(self, ids: Array) -> Due:
+        """Queue the fetching of a step's choices, int32 (layers, T, k) on the device, -1 for none.
+
+        Returns all that will have come when the step is done: these, and earlier ones that nobody noted.
+        """
+        if self._kinds:
+            self._fetched.append(self._runtime.fetch(ids))
+        return list(self._fetched)
+
+    def note(self, due: Due) -> None:
+        """Count what was chosen, once the step is done or to be waited for."""
+        for chosen in due:
+            if chosen in self._fetched:
+                self._fetched.remove(chosen)
+                self._count(chosen())
+
+    def _count(self, ids: npt.NDArray[Any]) -> None:
         for layer, chosen in zip(self.layers, ids, strict=True):
             scores = self._scores[layer]
             scores *= _DECAY

@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.batch import Batch
+from gptoss_lite.cache import MAX_SEQUENCES
 from gptoss_lite.kernels.cuda.launch.attention import prefill_tiles
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.sampling import Draw
 
 _ALIGNMENT = 64  # bytes, of each field in the upload
+MOST_ROWS = MAX_SEQUENCES  # wanted without a draw: more than this are a prompt's
 _MIN_WIDTH = 16  # blocks of a table, so that short contexts share one recording
 
 
@@ -40,6 +42,11 @@ class Shape:
         """Rows in all."""
         return self.decodes + self.prefills
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the logits of so many rows are wanted that they are computed as a prompt's."""
+        return self.rows > MOST_ROWS and not self.draws
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -63,6 +70,19 @@ class Step:
     seed: Array
     choice: Array
     draw_positions: Array
+
+
+def drawn_on_device(draw: Draw) -> bool:
+    """Whether a draw wants nothing that only the host does: processors, biases, penalties, logprobs."""
+    params = draw.params
+    return not (
+        params.logits_processors
+        or params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logprobs is not None
+    )
 
 
 def is_filtered(draw: Draw) -> bool:
