@@ -1,6 +1,7 @@
 """Options that several commands share, and the values they are read as."""
 
 import functools
+import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, TypeAlias, TypeVar
@@ -46,6 +47,12 @@ def _read_biases(_ctx: click.Context, _param: click.Parameter, value: tuple[str,
         except ValueError:
             raise click.BadParameter(f"{item!r} is not a token id, `=` and a number") from None
     return biases
+
+
+def _check_device(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|emulated|reference", value):
+        raise click.BadParameter(f"{value!r} is not one of auto, cpu, cuda, cuda:N, emulated, reference")
+    return value
 
 
 def _read_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -96,6 +103,7 @@ model_options = _bundle(
     model={"default": "demo", "help": "Checkpoint directory; the bundled `demo` by default."},
     device={
         "metavar": "auto|cpu|cuda[:N]|reference",
+        "callback": _check_device,
         "default": "auto",
         "show_default": True,
         "help": "What computes: `auto` takes a GPU if there is one; `reference` is plain NumPy, slow.",

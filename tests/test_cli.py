@@ -155,6 +155,9 @@ def test_version_is_the_packages() -> None:
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["generate", "a", "--nonsense"], 2, "No such option"),
         (["generate", "a", "--device", "abacus"], 2, "'abacus' is not one of"),
+        (["generate", "a", "--device", "cuda:one"], 2, "'cuda:one' is not one of"),
+        (["generate", "a", "--device-memory", "8 apples"], 2, "'8 apples' is no size of memory"),
+        (["generate", "a", "--cache-tokens", "0"], 2, "x>=1"),
         (["generate", "a", "--threads", "0"], 2, "x>=1"),
         (["generate", "a", "--max-tokens", "0"], 2, "x>=1"),
         (["generate", "a", "--reasoning", "deep"], 2, "'deep' is not one of"),
@@ -490,3 +493,29 @@ def test_a_closed_standard_error_does_not_matter() -> None:
     done = subprocess.run([*shell, *COMMAND, *arguments], stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 0
     assert done.stdout
+
+
+@pytest.mark.usefixtures("needs_compiler")
+def test_the_cuda_path_answers_with_a_bound_on_its_memory() -> None:
+    options = (
+        "--device",
+        "emulated",
+        "--device-memory",
+        "700MB",
+        "--cache-tokens",
+        "512",
+        "--max-tokens",
+        "4",
+    )
+    result = run("generate", "Hello", *options, "--seed", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.usefixtures("needs_compiler")
+def test_what_does_not_fit_a_device_is_told_with_what_would() -> None:
+    result = run("generate", "Hello", "--device", "emulated", "--device-memory", "650MB")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: the model needs")
+    assert "--cache-tokens" in result.stderr
+    assert result.stderr.count("\n") == 1
