@@ -45,17 +45,17 @@ def typical(file: str, arch: str) -> build.Defines:
 
 
 def programs(file: str) -> list[Program]:
-    """All variants on sm_90; on Turing, whose code differs, each format once; elsewhere the typical one.
+    """All variants on sm_90, or, as it takes long to compile, each format once in prefill.
 
-    Prefill, which takes long to compile: on sm_90 each format once, elsewhere the typical one.
+    On Turing, whose code differs, each format once; elsewhere the typical one.
     """
     found: list[Program] = []
     for arch in ARCHS:
-        if arch not in ("sm_75", "sm_90") or (file in PREFILL and arch != "sm_90"):
-            found.append((file, typical(file, arch), arch))
-            continue
-        once = file in PREFILL or arch == "sm_75"
-        chosen = [defines for defines in variants(file, arch) if not (once and ("SCALE_BF16", 1) in defines)]
+        if arch in ("sm_75", "sm_90"):
+            once = file in PREFILL or arch == "sm_75"
+            chosen = [names for names in variants(file, arch) if not (once and ("SCALE_BF16", 1) in names)]
+        else:
+            chosen = [typical(file, arch)]
         found += [(file, defines, arch) for defines in chosen]
     return found
 

@@ -22,9 +22,10 @@ _WINDOWS = sys.platform == "win32"
 _LIBRARY = "nvrtc64_*_0.dll" if _WINDOWS else "libnvrtc.so.*"
 # Below a wheel's folder (nvidia/cu13, nvidia/cuda_nvrtc) or a toolkit's.
 _FOLDERS = ("bin", "bin/x86_64", "bin/x64") if _WINDOWS else ("lib", "lib64", "targets/*/lib")
-# Denormal float32 become zero, which makes exponentials and divisions shorter. No weight, key or value passes
-# through one: 16-bit denormals are normal in float32, they are widened by cvt or by shifts, which keep them,
-# and scales are 2^-126 or more. What is lost is far below what sums of float32 round off.
+# Denormal float32 count as zero, which makes exponentials and divisions shorter. No weight, key or value is
+# lost by it: they are widened and narrowed by cvt and by shifts, which keep denormal ones, those of fp16 are
+# normal in float32, and arithmetic on pairs of 16 bits is not concerned. Scales of 2^-127 count as zero (see
+# weights.cuh), and logits are put in order by their bits (see philox.cuh).
 _OPTIONS = ("-std=c++17", "-default-device", "-ftz=true")
 
 

@@ -2,8 +2,9 @@
 #include "ptx.cuh"
 
 constexpr int THREADS = 128;
-constexpr int PAIRS = 32;                       // that rotate together in a head of 64
-constexpr int BF16 = 0, FP16 = 1, FLOAT32 = 2;  // types of the table
+constexpr int PAIRS = 32;  // that rotate together in a head of 64
+
+enum Table { BF16, FP16, FLOAT32 };  // its type
 
 DEVICE float widen(u16 bits, int type) { return type == FP16 ? half_to_float(bits) : bf16_to_float(bits); }
 

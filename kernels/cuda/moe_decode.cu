@@ -6,13 +6,13 @@ constexpr int GROUPS = 4;                    // tiles of tokens that a block of 
 constexpr int DEPTH = VECTORS == 1 ? 4 : 2;  // chunks under way in each warp: 2 or 4 KiB
 constexpr int UP_ROWS = TILE_ROWS / 2;       // of the result that a tile makes
 
-// Blocks at a time on a multiprocessor, as far as registers suffice. Turing's have fewer warps anyway.
+// Blocks at a time on a multiprocessor, as far as registers suffice without any spilt.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int UP_BLOCKS = 5;
 #else
 constexpr int UP_BLOCKS = 6;
 #endif
-#if defined(WEIGHTS_INT8) && defined(OPERAND_BF16)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200 && defined(WEIGHTS_INT8) && defined(OPERAND_BF16)
 constexpr int DOWN_BLOCKS = 1;
 #else
 constexpr int DOWN_BLOCKS = 2;

@@ -129,7 +129,9 @@ DEVICE void multiply(const void* weights, const float* bias, const float* x, con
   const int lane = threadIdx.x % WARP, octets = hidden / 8;
   const int expert = (blockIdx.x * WARPS + threadIdx.x / WARP) * EXPERTS;
   Eight<FLOAT32> loaded[EXPERTS][AHEAD];
-  float sums[TOKENS][EXPERTS];
+  float sums[TOKENS][EXPERTS], shift[EXPERTS];
+#pragma unroll
+  for (int e = 0; e < EXPERTS; ++e) shift[e] = expert + e < experts ? __ldg(bias + expert + e) : 0.f;
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
@@ -185,8 +187,7 @@ DEVICE void multiply(const void* weights, const float* bias, const float* x, con
       float sum = sums[t][e];
 #pragma unroll
       for (int i = WARP / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, i);
-      if (lane == 0 && expert + e < experts)
-        logits[(u64)(first + t) * experts + expert + e] = sum + bias[expert + e];
+      if (lane == 0 && expert + e < experts) logits[(u64)(first + t) * experts + expert + e] = sum + shift[e];
     }
   }
 }
