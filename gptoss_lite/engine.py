@@ -114,7 +114,8 @@ class Engine:
         self._ids = count()
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []  # oldest first
-        self._ahead: _Batch | None = None  # begun while the last batch's tokens were still unknown
+        self._current: _Batch | None = None  # begun, its tokens not yet accepted
+        self._ahead: _Batch | None = None  # begun after that one, while its tokens were still unknown
         self._blocked = False  # the first that waits found no room, and none has been given back since
 
     @property
@@ -152,19 +153,23 @@ class Engine:
 
         Where the device can, the batch after it is begun before its tokens are waited for.
         """
-        batch, self._ahead = self._ahead, None
+        batch = self._current
         if batch is None or not any(sequence in self._running for sequence in batch.drawing):
-            batch = self._begin()
+            batch, self._ahead = self._begin(), None
         if batch is None:
             return []
-        self._ahead = self._begin_ahead(batch)
+        self._current = batch
+        if self._ahead is None:
+            self._ahead = self._begin_ahead(batch)
+        found = batch.finish()  # an interrupt may end this wait: the next call waits again
+        self._current, self._ahead = self._ahead, None
         events = [
             self._accept(sequence, sampled)
-            for sequence, sampled in zip(batch.drawing, batch.finish(), strict=True)
+            for sequence, sampled in zip(batch.drawing, found, strict=True)
             if sequence in self._running  # begun ahead, it may have ended since
         ]
-        if self._ahead:
-            for sequence in self._ahead.drawing:
+        if self._current is not None:
+            for sequence in self._current.drawing:
                 if sequence in self._running:
                     sequence.pages.advance(sequence.tokens, 1)
         return events
@@ -194,7 +199,7 @@ class Engine:
         admitting = self._waiting and len(self._running) < self._max_sequences and not self._blocked
         if admitting or drawing != self._running or not all(map(ahead, draws)):
             return None
-        if any(len(s.tokens) + 1 >= s.end or s.pending for s in drawing):
+        if any(len(sequence.tokens) + 1 >= sequence.end for sequence in drawing):
             return None
         if not all(sequence.pages.reserve(1) for sequence in drawing):
             return None

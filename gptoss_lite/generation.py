@@ -195,6 +195,12 @@ async def async_stream_generate(
 
 
 def _load(checkpoint: Checkpoint, device: str, options: LoadOptions) -> GptOss:
+    if unknown := options.keys() - LoadOptions.__annotations__.keys():
+        raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(LoadOptions.__annotations__)}")
+    for name in ("device_memory", "cache_tokens"):
+        value = options.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise RequestError(f"{name} is {value!r}: give an integer of at least 1, or None")
     ops = get_ops(device, options.get("threads"), options.get("device_memory"))
     return GptOss(
         checkpoint,

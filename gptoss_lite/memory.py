@@ -10,24 +10,22 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
 from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES, pool_blocks
 from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError, RequestError
+from gptoss_lite.kernels.cuda.launch import attention, moe
+from gptoss_lite.kernels.cuda.launch.routing import tile_capacity
 from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout, gate_up_rows
 
 # Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
 # between allocations.
 RESERVED = 600 << 20
+MOST_SPLITS = 64  # parts that decode attention takes the keys of one sequence in
 _KV_ITEM = 2  # bytes: bf16 or fp16
-_SPLITS = 64  # parts that decode attention takes a sequence's keys in, at most
-_PARTIAL = 66  # floats of one part: 64 of the sum, the maximum and the sum of weights
 _GIB = 1 << 30
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-EmbeddingPlace = Literal["auto", "device", "host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +124,15 @@ def make_plan(
     cache_tokens: int | None = None,
     max_sequences: int = MAX_SEQUENCES,
     step_tokens: int,
-    embedding: EmbeddingPlace = "auto",
 ) -> Plan:
     """Decide what lies where on a device with `device_bytes`; None sets no bound.
 
     stored: the checkpoint's tensors, see `Checkpoint.forms`. The others are as the Engine takes them, None
     cache_tokens being one model context. All goes to the device if it can; else the embedding goes to the
-    host, unless it is bound to the device; else the experts of as few of the last layers as will do, and
-    what the device has left keeps the experts of those layers that are most in demand.
+    host; else the experts of as few of the last layers as will do, and what the device has left keeps the
+    experts of those layers that are most in demand.
     Raises RequestError for a limit below 1; OutOfMemoryError where nothing fits, saying what would.
     """
-    if embedding not in ("auto", "device", "host"):
-        raise RequestError(f"embedding is {embedding!r}: choose auto, device or host")
     tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
     full_kv, sliding_kv = kv_bytes(config, tokens, max_sequences, step_tokens)
     plan = Plan(
@@ -148,18 +143,17 @@ def make_plan(
         full_kv=full_kv,
         sliding_kv=sliding_kv,
         workspace=workspace(config, step_tokens, max_sequences),
-        host_embedding=embedding == "host",
     )
     if device_bytes is None:
         return plan
     # Two tokens in a row seldom agree on all their experts: with room for both, neither evicts the other's.
     fewest_hot = 2 * config.num_experts_per_tok
-    for least in _placements(plan, embedding, fewest_hot):
+    for least in _placements(plan, fewest_hot):
         if least.fits(device_bytes):
             return _with_more_hot_experts(least, device_bytes)
     room = device_bytes - RESERVED - (least.device_bytes - least.kv_bytes)
     fitting = _most_cache_tokens(config, tokens, max_sequences, step_tokens, room)
-    raise OutOfMemoryError(_refusal(plan, least, device_bytes, fitting, embedding))
+    raise OutOfMemoryError(_refusal(plan, least, device_bytes, fitting))
 
 
 def kv_bytes(config: ModelConfig, cache_tokens: int, max_sequences: int, step_tokens: int) -> tuple[int, int]:
@@ -180,17 +174,18 @@ def workspace(config: ModelConfig, step_tokens: int, max_sequences: int) -> tupl
     H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     hidden, E = config.hidden_size, config.num_local_experts
     pairs = T * k
-    tiles = min(pairs, pairs // 8 + E)  # of at most 8 pairs, all of one expert
-    prefill_tiles = -(-T // 64) + S
+    tiles = tile_capacity(pairs, E, moe.TOKENS)
+    prefill_tiles = -(-T // attention.PREFILL_TILE) + S
+    partials, counters = attention.decode_workspace(S, H, Hk, MOST_SPLITS)
     width = -(-config.max_position_embeddings // BLOCK_TOKENS)
-    sampling = 4 + 4 + 4 + 4 + 4 + 4 + 4 + 8 + 8 + 8  # temperature, filters, ..., seed, key, result; per row
+    sampling = 7 * 4 + 3 * 8  # of a row: its options, row and positions; seed, key and result
     small = (
         T * 12  # tokens, positions, sequences
         + prefill_tiles * 16
         + 2 * S * width * 4  # block tables
         + S * sampling
         + D // 2 * 4  # inverse frequencies
-        + S * H * 4  # counters of attention
+        + counters * 4
         + T * 4  # counters of the router
     )
     return (
@@ -199,21 +194,17 @@ def workspace(config: ModelConfig, step_tokens: int, max_sequences: int) -> tupl
         ("projections", T * (H + 2 * Hk) * D * 4),
         ("queries", T * H * D * 4),
         ("attention", T * _padded(H * D) * 2),
-        ("attention partials", S * H * _SPLITS * _PARTIAL * 4),
+        ("attention partials", partials * 4),
         ("rotations", T * D * 4),
         ("router logits", T * E * 4),
         ("chosen experts", T * k * 8),
+        ("choices of host layers", config.num_hidden_layers * T * k * 4),
         ("grouping", 2 * pairs * 4 + 3 * tiles * 4 + 4),
         ("inner", pairs * _padded(config.intermediate_size) * 2),
         ("expert outputs", pairs * hidden * 4),
         ("logits", S * config.vocab_size * 4),
         ("small arrays", small),
     )
-
-
-def workspace_bytes(config: ModelConfig, step_tokens: int, max_sequences: int) -> int:
-    """Add up `workspace`."""
-    return sum(nbytes for _, nbytes in workspace(config, step_tokens, max_sequences))
 
 
 def parse_size(text: str) -> int:
@@ -343,12 +334,11 @@ def _group(name: str) -> str:
     return next((group for part, group in parts.items() if part in name), "norms and routers")
 
 
-def _placements(plan: Plan, embedding: EmbeddingPlace, fewest_hot: int) -> Iterator[Plan]:
+def _placements(plan: Plan, fewest_hot: int) -> Iterator[Plan]:
     """Yield ever smaller placements of the same model, the best first."""
     yield plan
-    if embedding == "auto":
-        plan = replace(plan, host_embedding=True)
-        yield plan
+    plan = replace(plan, host_embedding=True)
+    yield plan
     if fewest_hot < plan.num_experts:
         for layers in range(1, len(plan.expert_bytes) + 1):
             yield replace(plan, host_layers=layers, hot_experts=fewest_hot)
@@ -360,7 +350,7 @@ def _with_more_hot_experts(plan: Plan, device_bytes: int) -> Plan:
         return plan
     one_each = sum(plan.expert_bytes[plan.first_host_layer :])
     more = (device_bytes - RESERVED - plan.device_bytes) // one_each
-    return replace(plan, hot_experts=min(plan.hot_experts + more, plan.num_experts))
+    return replace(plan, hot_experts=plan.hot_experts + more)
 
 
 def _most_cache_tokens(
@@ -375,24 +365,19 @@ def _most_cache_tokens(
     return bisect_right(blocks, room, key=needed) * BLOCK_TOKENS
 
 
-def _refusal(plan: Plan, least: Plan, device_bytes: int, fitting: int, embedding: EmbeddingPlace) -> str:
+def _refusal(plan: Plan, least: Plan, device_bytes: int, fitting: int) -> str:
     """Say on one line what is needed, what there is, and what would fit."""
     needs = f"needs {_rounded_up(plan.device_bytes)} of device memory"
-    if least.host_layers:
-        needs += f", {_rounded_up(least.device_bytes)} with all experts in host memory"
-    elif least.host_embedding and not plan.host_embedding:
-        needs += f", {_rounded_up(least.device_bytes)} with its embedding in host memory"
+    where = "all experts" if least.host_layers else "its embedding"
+    needs += f", {_rounded_up(least.device_bytes)} with {where} in host memory"
     usable = max(0, device_bytes - RESERVED)
     free = f"{_rounded_down(usable)} can be used of {_rounded_down(device_bytes)}"
-    advice = []
     if fitting:
-        advice.append(f"--cache-tokens {fitting} would fit")
-    if embedding == "device" and replace(least, host_embedding=True).fits(device_bytes):
-        advice.append("its embedding in host memory would fit")
-    if not advice:
-        smallest = replace(least, host_embedding=True).device_bytes - least.kv_bytes + RESERVED
-        advice.append(f"even with hardly any --cache-tokens it takes a device with {_rounded_up(smallest)}")
-    return f"the model {needs}, and {free}: {' or '.join(advice)}"
+        advice = f"--cache-tokens {fitting} would fit"
+    else:
+        smallest = _rounded_up(least.device_bytes - least.kv_bytes + RESERVED)
+        advice = f"even with hardly any --cache-tokens it takes a device with {smallest}"
+    return f"the model {needs}, and {free}: {advice}"
 
 
 def _rounded_up(nbytes: int) -> str:

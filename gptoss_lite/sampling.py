@@ -237,19 +237,15 @@ def gumbel_argmax(logits: Array, temperature: float, seed: int, choice: int, pos
     return int(ids[np.argmax(logits[ids].astype(np.float64) / temperature + noise)])
 
 
-def sample(logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax) -> list[Sampled]:
-    """Draw one token per row of logits float32 (S, V); a row's result depends on that row alone.
-
-    argmax: the device's own gumbel_argmax. Raises GptOssError for a row with NaN or +inf or with nothing but
-    -inf, and RequestError as `adjust` does.
-    """
-    return [_sample(row, draw, argmax) for row, draw in zip(logits, draws, strict=True)]
-
-
-def sample_each(
+def sample(
     logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax
 ) -> list[Sampled | Exception]:
-    """Draw as `sample` does; a draw that fails has its exception in its place, and the others go on."""
+    """Draw one token per row of logits float32 (S, V); a row's result depends on that row alone.
+
+    argmax: the device's own gumbel_argmax. A draw that fails has its exception in its place, and the others
+    go on: GptOssError for a row with NaN or +inf or nothing but -inf, RequestError as `adjust` raises it, and
+    whatever the request's own logits processors raise.
+    """
 
     def attempt(row: Array, draw: Draw) -> Sampled | Exception:
         try:

@@ -14,7 +14,17 @@ import pytest
 from gptoss_lite import sampling as spec
 from gptoss_lite.errors import GptOssError, RequestError
 from gptoss_lite.kernels.cpu import sampling as kernel
-from gptoss_lite.sampling import Draw, Sampled, SamplingParams, adjust, keep, philox_uniform, sample
+from gptoss_lite.sampling import (
+    Draw,
+    GumbelArgmax,
+    Sampled,
+    SamplingParams,
+    adjust,
+    gumbel_argmax,
+    keep,
+    philox_uniform,
+    sample,
+)
 
 Array = npt.NDArray[Any]
 V = 201_088
@@ -26,8 +36,18 @@ def draw(
     return Draw(SamplingParams(**options), seed, choice, tokens, prompt_length)
 
 
+def drawn(logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax) -> list[Sampled]:
+    """Draw, and raise what a draw left in its place."""
+    found = []
+    for result in sample(logits, draws, argmax):
+        if isinstance(result, Exception):
+            raise result
+        found.append(result)
+    return found
+
+
 def one(logits: Array, **options: Any) -> Sampled:
-    return sample(logits[None], [draw(**options)])[0]
+    return drawn(logits[None], [draw(**options)])[0]
 
 
 def survivors(logits: Array, **options: Any) -> list[int]:
@@ -125,14 +145,14 @@ def test_draws_follow_the_distribution(
     options: dict[str, Any], expected: Sequence[float], argmax: spec.GumbelArgmax
 ) -> None:
     draws = [draw(seed=11, choice=i, **options) for i in range(3000)]
-    sampled = sample(np.tile(log(*PROBABILITIES), (len(draws), 1)), draws, argmax)
+    sampled = drawn(np.tile(log(*PROBABILITIES), (len(draws), 1)), draws, argmax)
     observed = np.bincount([s.token for s in sampled], minlength=len(PROBABILITIES))
     assert_fits(observed, np.array(expected) / np.sum(expected))
 
 
 def test_draws_along_one_sequence_are_independent_of_each_other() -> None:
     draws = [draw(seed=5, tokens=range(n)) for n in range(3000)]
-    tokens = [s.token for s in sample(np.zeros((3000, 3), np.float32), draws)]
+    tokens = [s.token for s in drawn(np.zeros((3000, 3), np.float32), draws)]
     pairs = Counter(itertools.pairwise(tokens))
     assert_fits(np.array([pairs[a, b] for a in range(3) for b in range(3)]), np.full(9, 1 / 9))
 
@@ -263,13 +283,13 @@ def test_greedy_takes_the_lowest_of_equal_tokens_whatever_the_filters() -> None:
 def test_a_single_possible_token_is_drawn(temperature: float, argmax: spec.GumbelArgmax) -> None:
     logits = np.full((1, 9000), -np.inf, np.float32)
     logits[0, 8192] = -3e38
-    assert sample(logits, [draw(temperature=temperature)], argmax)[0].token == 8192
+    assert drawn(logits, [draw(temperature=temperature)], argmax)[0].token == 8192
 
 
 def test_where_rounding_swallows_the_noise_the_lowest_token_is_drawn(argmax: spec.GumbelArgmax) -> None:
     logits = np.full((1, 9000), 1e30, np.float32)
     logits[0, :10] = 0
-    assert sample(logits, [draw()], argmax)[0].token == 10
+    assert drawn(logits, [draw()], argmax)[0].token == 10
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -287,7 +307,7 @@ def test_a_seed_repeats_and_seed_choice_and_position_each_change_the_draw() -> N
     logits = np.zeros((40, 100), np.float32)
 
     def tokens(change: Callable[[int], dict[str, Any]]) -> list[int]:
-        return [s.token for s in sample(logits, [draw(**change(i)) for i in range(40)])]
+        return [s.token for s in drawn(logits, [draw(**change(i)) for i in range(40)])]
 
     assert len(set(tokens(lambda _i: {"seed": 9}))) == 1
     for change in (lambda i: {"seed": i}, lambda i: {"seed": i << 32}, lambda i: {"choice": i}):
@@ -306,10 +326,10 @@ def test_a_row_does_not_depend_on_the_others(argmax: spec.GumbelArgmax) -> None:
         {"repetition_penalty": 1.3, "logit_bias": {4: 2.0}},
     ]
     draws = [draw(seed=i, tokens=range(i + 1), **o) for i, o in enumerate(options)]
-    together = sample(logits, draws, argmax)
-    alone = [sample(logits[i : i + 1], draws[i : i + 1], argmax)[0] for i in range(5)]
+    together = drawn(logits, draws, argmax)
+    alone = [drawn(logits[i : i + 1], draws[i : i + 1], argmax)[0] for i in range(5)]
     assert together == alone
-    assert sample(logits[::-1], draws[::-1], argmax) == together[::-1]
+    assert drawn(logits[::-1], draws[::-1], argmax) == together[::-1]
 
 
 def test_logprobs_are_the_model_s_own_whatever_the_request_changes() -> None:
@@ -333,7 +353,7 @@ def test_a_device_draws_with_its_own_gumbel_argmax() -> None:
         return 77
 
     request = draw(seed=3, choice=4, tokens=[0, 0], temperature=0.5, top_k=1)
-    assert sample(np.array([[0, 1]], np.float32), [request], argmax) == [Sampled(77)]
+    assert drawn(np.array([[0, 1]], np.float32), [request], argmax) == [Sampled(77)]
 
 
 # The kernel

@@ -16,7 +16,7 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.quant import QTensor
 from gptoss_lite.rope import Rope, rope_tables
-from gptoss_lite.sampling import Draw, Sampled, sample_each
+from gptoss_lite.sampling import Draw, Sampled, sample
 
 if TYPE_CHECKING:
     from gptoss_lite.memory import Plan
@@ -200,7 +200,7 @@ class Ops:
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """Choose one token for each row of logits (R, vocab_size)."""
-        return sample_each(logits, draws)
+        return sample(logits, draws)
 
 
 def _rms_norm(x: Array, norm: Norm) -> Array:

@@ -18,7 +18,7 @@ from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use
 from gptoss_lite.quant import MXFP4Tensor, QTensor
 from gptoss_lite.quant.mxfp4 import E2M1
 from gptoss_lite.rope import Rope, rope_tables
-from gptoss_lite.sampling import Draw, Sampled, sample_each
+from gptoss_lite.sampling import Draw, Sampled, sample
 
 # Numba's fallback threading layer aborts the process when two threads enter it at once.
 _ONE_AT_A_TIME = threading.RLock()
@@ -139,7 +139,7 @@ class CPUOps(Ops):
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""
         with self._threads():
-            return sample_each(logits, draws, sampling.gumbel_argmax)
+            return sample(logits, draws, sampling.gumbel_argmax)
 
 
 def _rms_norm(x: Array, norm: Norm) -> Array:

@@ -12,10 +12,11 @@ from gptoss_lite.batch import Batch
 from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
+from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
-from gptoss_lite.kernels.cuda.layout import CHUNK
+from gptoss_lite.kernels.cuda.layout import BLOCK, CHUNK
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
-from gptoss_lite.memory import Plan, make_plan
+from gptoss_lite.memory import MOST_SPLITS, Plan, make_plan
 from gptoss_lite.ops.base import Linear, Network, Norm, Ops, Pending, Use
 from gptoss_lite.ops.cuda.hot import Due
 from gptoss_lite.ops.cuda.recording import Recordings
@@ -23,11 +24,9 @@ from gptoss_lite.ops.cuda.scratch import Scratch
 from gptoss_lite.ops.cuda.step import MOST_ROWS, Shape, Step, StepBuffers, drawn_on_device, lay_out
 from gptoss_lite.ops.cuda.weights import Matrix, Router, WeightStore
 from gptoss_lite.rope import Rope
-from gptoss_lite.sampling import Draw, Sampled, not_finite, sample_each
+from gptoss_lite.sampling import Draw, Sampled, not_finite, sample
 
 HEAD_DIM = 64
-_DECODE_TILE, _PREFILL_TILE = 8, 64  # rows of one expert that are computed together
-_MOST_SPLITS = 64
 _MOST_DRAWS = 4096  # in one step
 
 
@@ -62,11 +61,13 @@ class CUDAOps(Ops):
         self._drawn: WeakKeyDictionary[KVCache, Array] = WeakKeyDictionary()
         self._step: Step  # the one whose launches are being made
         self._tokens: Array  # where it finds what was drawn, and puts what it draws
+        self._choices = 0  # experts per token
         self._pieces: list[Any] = []  # its logits, on the host, where they are many
 
     @contextmanager
     def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> Iterator[Plan]:
-        """See Ops.loading."""
+        """See Ops.loading; raises DeviceError for a network that the kernels cannot compute."""
+        _require_limits(checkpoint.config)
         free, _ = self._runtime.memory()
         plan = make_plan(
             checkpoint.config, checkpoint.forms(), step_tokens=self.step_tokens,
@@ -138,7 +139,7 @@ class CUDAOps(Ops):
             found: list[Sampled | Exception] = []
             for row, (token, failed) in enumerate(drawn().tolist()[: len(draws)]):
                 if row in on_host:
-                    found += sample_each(on_host[row](), [draws[row]])
+                    found += sample(on_host[row](), [draws[row]])
                 elif failed:
                     found.append(not_finite(positions[row]))
                 else:
@@ -230,7 +231,7 @@ class CUDAOps(Ops):
         }  # fmt: skip
         if d:
             # A sequence's own length decides how many splits it takes; this is the most that any could.
-            splits = min(_MOST_SPLITS, -(-batch.shape.width // attention.BLOCKS_PER_SPLIT))
+            splits = min(MOST_SPLITS, -(-batch.shape.width // attention.BLOCKS_PER_SPLIT))
             floats, counters = attention.decode_workspace(d, heads, key_heads, splits)
             partial = self._scratch.array("partial", (floats,), np.float32)
             attention.attention_decode(
@@ -282,9 +283,9 @@ class CUDAOps(Ops):
     ) -> Array:
         """See Ops.experts; x is changed in place."""
         d, total, most = self._step.shape.decodes, len(x), moe.MAX_PAIRS // ids.shape[1]
-        parts = [(slice(start, min(start + most, d)), _DECODE_TILE) for start in range(0, d, most)]
+        parts = [(slice(start, min(start + most, d)), moe.TOKENS) for start in range(0, d, most)]
         if d < total:
-            parts.append((slice(d, total), _PREFILL_TILE))
+            parts.append((slice(d, total), gemm.TOKENS))
         for rows, tile in parts:
             self._experts(h[rows], ids[rows], weights[rows], gate_up, down, limit, x[rows], tile)
         return x
@@ -298,7 +299,7 @@ class CUDAOps(Ops):
         pairs, k, bf16 = ids.size, ids.shape[1], out.layout.bf16
         order, place, tiles = self._group(ids, len(up.table), tile)
         inner = self._rows("inner", (pairs, out.layout.chunks * CHUNK), np.uint16, k)
-        if tile == _DECODE_TILE:
+        if tile == moe.TOKENS:
             moe.gate_up_decode(
                 runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit,
                 bf16_out=bf16,
@@ -392,6 +393,39 @@ class CUDAOps(Ops):
     @property
     def _kv_fp16(self) -> bool:
         return self._runtime.arch == "sm_75"  # Turing multiplies fp16 alone
+
+
+def _require_limits(config: ModelConfig) -> None:
+    """Raise DeviceError for a network beyond what the kernels are written for."""
+    limits = {  # key -> value, whether it will do, what would
+        "head_dim": (config.head_dim, config.head_dim == HEAD_DIM, f"{HEAD_DIM}"),
+        "hidden_size": (
+            config.hidden_size,
+            config.hidden_size % BLOCK == 0 and config.hidden_size <= routing.MAX_ROUTED_HIDDEN,
+            f"a multiple of {BLOCK} up to {routing.MAX_ROUTED_HIDDEN}",
+        ),
+        "intermediate_size": (
+            config.intermediate_size, config.intermediate_size % BLOCK == 0, f"a multiple of {BLOCK}"
+        ),
+        "num_local_experts": (
+            config.num_local_experts,
+            config.num_local_experts <= routing.MAX_EXPERTS,
+            f"at most {routing.MAX_EXPERTS}",
+        ),
+        "num_experts_per_tok": (
+            config.num_experts_per_tok,
+            config.num_experts_per_tok <= routing.MAX_K,
+            f"at most {routing.MAX_K}",
+        ),
+        "vocab_size": (
+            config.vocab_size,
+            config.vocab_size <= sampling.MAX_SAMPLED_VOCAB,
+            f"at most {sampling.MAX_SAMPLED_VOCAB}",
+        ),
+    }  # fmt: skip
+    for key, (value, fits, wanted) in limits.items():
+        if not fits:
+            raise DeviceError(f"{key} is {value}: the CUDA kernels want {wanted}; device cpu takes any")
 
 
 def padded(columns: int) -> int:

@@ -25,10 +25,10 @@ class Recordings:
         if shape.prefills or shape.is_prompt:
             work()
             return
-        known = self._of.setdefault(cache, {})
+        known = self._of.get(cache, {})
         if shape not in known:
             work()
-            self._of.setdefault(cache, {})[shape] = None  # which may have forgotten all meanwhile
+            self._of.setdefault(cache, {})[shape] = None
             return
         if known[shape] is None:
             known[shape] = self._runtime.capture(work)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.batch import Batch
-from gptoss_lite.cache import MAX_SEQUENCES
+from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES
 from gptoss_lite.kernels.cuda.launch.attention import prefill_tiles
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.sampling import Draw
@@ -22,9 +22,9 @@ _MIN_WIDTH = 16  # blocks of a table, so that short contexts share one recording
 class Shape:
     """What fixes the launches of a step: steps of one shape without prefill replay the same recording.
 
-    decodes: rows that are the only one of their sequence, padded; prefills: all others; width: blocks in a
-    table row; rows: logits wanted, padded as the decodes are. draws: whether tokens are drawn on the device,
-    filtered: whether some by top_k, top_p or min_p. logits: whether they are kept.
+    decodes: rows that go on with an answer, padded; prefills: rows of prompts, in so many tiles; sequences
+    and width: rows and columns of a block table; rows: logits wanted, padded as the decodes are. draws:
+    whether tokens are drawn; filtered: whether some by top_k, top_p or min_p; logits: whether they are kept.
     """
 
     decodes: int
@@ -106,16 +106,17 @@ def lay_out(
     )  # old row of each new
     new_row = np.empty(len(taken), np.int32)
     new_row[taken] = np.arange(len(taken))
-    alone = int(batch.decoding.sum())
-    prefills = len(taken) - alone
-    decodes = alone if prefills else _power_of_two(alone)
-    padding = decodes - alone
+    answering = int(batch.decoding.sum())
+    prefills = len(taken) - answering
+    decodes = answering if prefills else _power_of_two(answering)
+    padding = decodes - answering
     sequences, rows = len(counts) + padding, len(batch.rows)
-    if not prefills and rows == alone:
+    if not prefills and rows == answering:
         rows = decodes
-    tiles = prefill_tiles(counts[order[alone:]].tolist(), batch.positions[starts[order[alone:]]].tolist())
-    tiles[:, 0] += alone
-    width = max(_power_of_two(int(batch.positions.max()) // 16 + 1), _MIN_WIDTH)
+    prompts = order[answering:]
+    tiles = prefill_tiles(counts[prompts].tolist(), batch.positions[starts[prompts]].tolist())
+    tiles[:, 0] += answering
+    width = max(_power_of_two(int(batch.positions.max()) // BLOCK_TOKENS + 1), _MIN_WIDTH)
     fields = {
         "tokens": _padded(batch.tokens[taken], decodes + prefills, 0),
         "positions": _padded(batch.positions[taken], decodes + prefills, -1),
