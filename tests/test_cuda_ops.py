@@ -15,14 +15,15 @@ from gptoss_lite.cache import KVCache
 from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request
-from gptoss_lite.errors import GptOssError, OutOfMemoryError
+from gptoss_lite.errors import DeviceError, GptOssError, OutOfMemoryError
 from gptoss_lite.kernels.emulator.runtime import Emulator
 from gptoss_lite.memory import RESERVED, Plan
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import Ops, get_ops
-from gptoss_lite.ops.cuda import CUDAOps
+from gptoss_lite.ops.cuda import CUDAOps, weights
+from gptoss_lite.ops.cuda.step import drawn_on_device, is_filtered
 from gptoss_lite.quant import QTensor, quantize
-from gptoss_lite.sampling import SamplingParams
+from gptoss_lite.sampling import Draw, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("needs_compiler")
 
@@ -106,7 +107,7 @@ class Counting(Emulator):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device = self.host = self.replays = 0
+        self.device = self.host = self.captures = self.replays = 0
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """Count it until it is freed."""
@@ -121,6 +122,11 @@ class Counting(Emulator):
         self.host += array.nbytes
         weakref.finalize(array, self._freed, "host", array.nbytes)
         return array
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """Count it."""
+        self.captures += 1
+        return super().capture(work)
 
     def replay(self, recording: Any) -> None:
         """Count it."""
@@ -233,6 +239,14 @@ def test_experts_in_host_memory_change_no_bit_and_the_wanted_ones_move_in(whole:
         residents = hot._residents[layer]
         assert (residents >= 0).all()
         assert len(set(residents.tolist())) == len(residents)
+    before = {layer: hot._residents[layer].tolist() for layer in hot.layers}
+    everywhere = load()
+    want = everywhere.logits(prompt(4, seed=8))
+    for _ in range(100):  # another prompt, long enough for its experts to drive others out
+        np.testing.assert_array_equal(model.logits(prompt(4, seed=8)), want)
+    left = [expert for layer in hot.layers for expert in before[layer] if expert not in hot._residents[layer]]
+    assert left
+    np.testing.assert_array_equal(model.logits(prompt(40)), whole)  # those that left are found at home
     alone = answers(Engine(load()), [Request(prompt(5), SamplingParams(seed=1), 1, 40)])
     assert answers(Engine(model), [Request(prompt(5), SamplingParams(seed=1), 1, 40)]) == alone
 
@@ -342,8 +356,9 @@ def test_many_more_decode_rows_than_a_kernel_takes(model: GptOss) -> None:
     cache = model.ops.new_cache(CONFIG, count, count)
     step = batch_of([([i % CONFIG.vocab_size], 0, [i]) for i in range(count)])
     logits = model(step, cache)
-    alone = model(batch_of([([7], 0, [7])]), cache)
-    np.testing.assert_allclose(logits[7], alone[0], atol=2e-3 * np.abs(alone).max())
+    for row in (7, 255, 256, 299):
+        alone = model(batch_of([([row], 0, [row])]), cache)
+        np.testing.assert_allclose(logits[row], alone[0], atol=2e-3 * np.abs(alone).max())
 
 
 def test_rows_of_a_prompt_come_in_any_number(model: GptOss) -> None:
@@ -400,7 +415,15 @@ def test_steps_of_one_shape_are_recorded_once() -> None:
     runtime = Counting()
     model = load(CUDAOps(runtime))
     answers(Engine(model), [Request(prompt(4), GREEDY, 0, 12)])
+    assert runtime.captures == 1
     assert runtime.replays == 10  # of 11 steps after the prompt, the first ran as it was
+
+
+def test_recordings_are_forgotten_when_what_they_use_has_moved(alone: list[list[int]]) -> None:
+    engine = Engine(load())  # whose scratch memory has not grown yet
+    assert answers(engine, requests(1)) == alone[:1]
+    assert answers(engine, requests(6)) == alone
+    assert answers(engine, requests(1)) == alone[:1]
 
 
 def test_cancelling_and_arriving_between_steps_disturbs_nobody(model: GptOss, alone: list[list[int]]) -> None:
@@ -502,3 +525,107 @@ def test_a_step_that_fails_half_way_leaves_nothing_behind(
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert answers(Engine(model), requests(1)) == alone[:1]
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_a_matrix_is_repacked_in_pieces_as_it_is_whole(
+    monkeypatch: pytest.MonkeyPatch, whole: npt.NDArray[Any], tiles: int
+) -> None:
+    monkeypatch.setattr(weights, "_PIECE", tiles * 16 * CONFIG.hidden_size * 2)
+    np.testing.assert_array_equal(load().logits(prompt(40)), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "on_device", "filtered"),
+    [
+        ({}, True, False), ({"temperature": 0.0, "top_k": 5}, True, False), ({"top_k": 5}, True, True),
+        ({"top_p": 0.9}, True, True), ({"min_p": 0.1}, True, True), ({"logprobs": 0}, False, False),
+        ({"repetition_penalty": 1.1}, False, False), ({"presence_penalty": 0.1}, False, False),
+        ({"frequency_penalty": 0.1}, False, False), ({"logit_bias": {3: 1.0}}, False, False),
+        ({"logits_processors": [lambda tokens, logits: logits]}, False, False),
+    ],
+)  # fmt: skip
+def test_who_draws_a_token(options: dict[str, Any], on_device: bool, filtered: bool) -> None:
+    draw = Draw(SamplingParams(**options), 0, 0, [], 0)
+    assert drawn_on_device(draw) == on_device
+    assert is_filtered(draw) == filtered
+
+
+def turing() -> CUDAOps:
+    runtime = Emulator()
+    runtime.arch = "sm_75"
+    return CUDAOps(runtime)
+
+
+def test_turing_keeps_keys_and_values_in_fp16(whole: npt.NDArray[Any]) -> None:
+    want = GptOss(Synthetic(), get_ops("reference")).logits(prompt(40))  # type: ignore[arg-type]
+    got = load(turing()).logits(prompt(40))
+    assert error(got, want) <= 3e-3
+    assert not np.array_equal(got, whole)
+
+
+def test_turing_refuses_what_goes_beyond_fp16() -> None:
+    with pytest.raises(DeviceError, match="qkv of layer 0 goes beyond fp16"):
+        load(turing(), Synthetic(shifted))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("head_dim", 32, "64"), ("num_experts_per_tok", 9, "at most 8"),
+        ("hidden_size", 80, "a multiple of 32 up to 12160"), ("intermediate_size", 72, "a multiple of 32"),
+        ("vocab_size", 2**18 + 1, "at most 262144"),
+    ],
+)  # fmt: skip
+def test_networks_beyond_the_kernels_are_refused_by_name(key: str, value: int, wanted: str) -> None:
+    checkpoint: Any = Synthetic()
+    changed: dict[str, Any] = {key: value}
+    checkpoint.config = replace(CONFIG, **changed)
+    with pytest.raises(DeviceError, match=f"{key} is {value}: the CUDA kernels want {wanted};"):
+        load(checkpoint=checkpoint)
+
+
+def test_an_interrupted_wait_loses_no_token(model: GptOss, alone: list[list[int]]) -> None:
+    begin, interrupted = model.begin, False
+
+    def interrupting(*args: Any) -> Any:
+        finish = begin(*args)
+
+        def once() -> Any:
+            nonlocal interrupted
+            if not interrupted and args[0].tokens[0] < 0:
+                interrupted = True
+                raise KeyboardInterrupt
+            return finish()
+
+        return once
+
+    engine = Engine(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "begin", interrupting)
+        tokens = []
+        request_id = engine.submit(requests(1)[0])
+        while engine.has_work:
+            try:
+                events = engine.step()
+            except KeyboardInterrupt:
+                continue
+            tokens += [event.sampled.token for event in events if event.sampled is not None]
+    assert interrupted and request_id == 0
+    assert tokens == alone[0]
+
+
+def test_requests_that_cannot_be_admitted_do_not_hold_up_the_others(model: GptOss) -> None:
+    begun = 0
+
+    class Watched(Engine):
+        def _begin_ahead(self, last: Any) -> Any:
+            nonlocal begun
+            ahead = super()._begin_ahead(last)
+            begun += ahead is not None
+            return ahead
+
+    engine = Watched(model, max_sequences=1)
+    both = [Request(prompt(4), GREEDY, 0, 12), Request(prompt(5), GREEDY, 0, 12)]
+    assert answers(engine, both) == [answers(Engine(model), [request])[0] for request in both]
+    assert begun == 22  # though one of them waited all the time that the other ran

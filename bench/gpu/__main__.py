@@ -29,7 +29,8 @@ from gptoss_lite.errors import DeviceError, GptOssError
 from gptoss_lite.kernels.cuda.checks import all_checks
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("checks", "golden", "ceilings", "kernels", "models", "20b", "120b")
+MODELS = ("20b", "120b")
+PARTS = ("checks", "golden", "ceilings", "kernels", "models", *MODELS)
 _WORKERS = 8  # children that check at once: much of that is compiling
 _FATAL = 3  # exit status of a child whose GPU can do no more
 _UNUSABLE = 4
@@ -248,7 +249,7 @@ class Run:
 
     def _wanted(self, part: str) -> bool:
         only = PARTS if self._options.only is None else self._options.only.split(",")
-        wanted = part in only or ("models" in only and part not in PARTS[:5])
+        wanted = part in only or ("models" in only and part in (*MODELS, "tiny"))
         if not wanted:
             self.document["skipped"][part] = "not asked for"
         return wanted

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,6 @@ class Watch:
     recording: Any = None
     replays: int = 0
     waited: float = 0.0
-    waits: int = field(default=0)
 
 
 @contextmanager
@@ -107,7 +106,6 @@ def watched(runtime: Runtime) -> Iterator[Watch]:
             start = time.perf_counter()
             found = results()
             watch.waited += time.perf_counter() - start
-            watch.waits += 1
             return found
 
         return wait
@@ -205,13 +203,12 @@ class Load:
     decodes: tuple[tuple[int, int], ...]
     prefills: tuple[int, ...]
     steps: int
-    step_tokens: int  # a larger step to try prefill with
 
 
 LOADS = {
-    "20b": Load(40_960, ((1, 120), (1, 4096), (8, 120), (16, 120), (1, 32_768)), (2048, 8192), 100, 2048),
-    "120b": Load(16_384, ((1, 120), (1, 4096), (8, 120), (16, 120)), (2048, 8192), 100, 2048),
-    "tiny": Load(2048, ((1, 20), (3, 20)), (70,), 4, 1024),
+    "20b": Load(40_960, ((1, 120), (1, 4096), (8, 120), (16, 120), (1, 32_768)), (2048, 8192), 100),
+    "120b": Load(16_384, ((1, 120), (1, 4096), (8, 120), (16, 120)), (2048, 8192), 100),
+    "tiny": Load(2048, ((1, 20), (3, 20)), (70,), 4),
 }
 
 
@@ -259,12 +256,6 @@ def full_size(device: Device, name: str) -> Iterator[Result]:
         "what": "memory", "used_bytes": max(0, device.used_bytes() - before),
         "plan_device_bytes": plan.device_bytes,
     }  # fmt: skip
-    if load.step_tokens > model.ops.step_tokens:
-        del engine
-        few = max(load.prefills) + 64
-        wide = Engine(model, step_tokens=load.step_tokens, max_sequences=1, cache_tokens=few)
-        for tokens in load.prefills:
-            yield _prefill(device, wide, prompts, tokens, load.step_tokens)
 
 
 def _prompts(config: ModelConfig) -> Callable[[int], list[int]]:
@@ -311,7 +302,7 @@ def _decode(
         for _ in range(4):  # one as it is, one recorded, two replayed
             engine.step()
         runtime.synchronize()
-        watch.waited, watch.waits, watch.replays = 0.0, 0, 0
+        watch.waited, watch.replays = 0.0, 0
         start = time.perf_counter()
         tokens = [_token(event) for _ in range(steps) for event in engine.step()]
         wall = time.perf_counter() - start
