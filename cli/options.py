@@ -56,7 +56,7 @@ def _check_device(_ctx: click.Context, _param: click.Parameter, value: str) -> s
 
 
 def _read_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    from gptoss_lite.memory import parse_size
+    from gptoss_lite.sizes import parse_size
 
     try:
         return None if value is None else parse_size(value)

@@ -5,19 +5,18 @@ time, and then the experts of the last layers, of which the device keeps those i
 """
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from gptoss_lite.cache import BLOCK_TOKENS, MAX_SEQUENCES, pool_blocks
 from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.config import ModelConfig
-from gptoss_lite.errors import OutOfMemoryError, RequestError
+from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.kernels.cuda.launch import attention, moe
 from gptoss_lite.kernels.cuda.launch.routing import tile_capacity
 from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout, gate_up_rows
+from gptoss_lite.sizes import format_gib
 
 # Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
 # between allocations.
@@ -25,7 +24,6 @@ RESERVED = 600 << 20
 MOST_SPLITS = 64  # parts that decode attention takes the keys of one sequence in
 _KV_ITEM = 2  # bytes: bf16 or fp16
 _GIB = 1 << 30
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,24 +203,6 @@ def workspace(config: ModelConfig, step_tokens: int, max_sequences: int) -> tupl
         ("logits", S * config.vocab_size * 4),
         ("small arrays", small),
     )
-
-
-def parse_size(text: str) -> int:
-    """Read a size of memory as bytes: "8GB" is 8 * 2**30, as cards are sold, and so is "8GiB".
-
-    Raises RequestError, naming the text, for anything but a positive number with B, KB, MB, GB, TB or none.
-    """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([KMGT])I?)?B?", text.strip().upper(), re.ASCII)
-    size = int(Fraction(match[1]) * 2 ** _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise RequestError(f"{text!r} is no size of memory: give bytes, or a number with MB or GB, as in 8GB")
-    return size
-
-
-def format_gib(nbytes: float) -> str:
-    """Write a size for people: "12.8 GiB"; below a tenth with three digits."""
-    gib = nbytes / _GIB
-    return f"{gib:.1f} GiB" if gib >= 0.1 or not gib else f"{gib:.3f} GiB"
 
 
 def lines(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""The CUDA emulator: every builtin against NumPy, thread orders, and each fault found and named."""
+"""The CUDA emulator: each family of builtins against NumPy, thread orders, and each fault found and named."""
 
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,12 @@ from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cuda.runtime import f32, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 from gptoss_lite.kernels.emulator import runtime
-from gptoss_lite.kernels.emulator.runtime import Emulator, EmulatorError, Order
+from gptoss_lite.kernels.emulator.runtime import ORDERS, Emulator, EmulatorError, Order
 
+pytestmark = pytest.mark.usefixtures("needs_compiler")
 DATA = Path(__file__).parent / "data" / "emulator"
-ORDERS: tuple[Order, ...] = ("forward", "reversed", "random")
 
 Array = npt.NDArray[Any]
-
-
-def _compiler_missing() -> str:
-    try:
-        runtime.compiler()
-    except DeviceError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_compiler_missing()), reason=_compiler_missing() or "-")
 
 
 def builtin(name: str) -> Kernel:

@@ -16,14 +16,13 @@ from gptoss_lite.engine import Engine
 from gptoss_lite.errors import OutOfMemoryError, RequestError
 from gptoss_lite.memory import (
     Plan,
-    format_gib,
     lines,
     make_plan,
-    parse_size,
     workspace,
 )
 from gptoss_lite.model import GptOss
 from gptoss_lite.quant.tensorfile import StoredTensor
+from gptoss_lite.sizes import format_gib, parse_size
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a truncated file is not sparse there")
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,13 +12,14 @@ from gptoss_lite.batch import Batch
 from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
-from gptoss_lite.errors import DeviceError
-from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
-from gptoss_lite.kernels.cuda.layout import BLOCK, CHUNK
+from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, routing, sampling
+from gptoss_lite.kernels.cuda.layout import CHUNK
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import MOST_SPLITS, Plan, make_plan
 from gptoss_lite.ops.base import Linear, Network, Norm, Ops, Pending, Use
+from gptoss_lite.ops.cuda import experts, limits
 from gptoss_lite.ops.cuda.hot import Due
+from gptoss_lite.ops.cuda.limits import HEAD_DIM
 from gptoss_lite.ops.cuda.recording import Recordings
 from gptoss_lite.ops.cuda.scratch import Scratch
 from gptoss_lite.ops.cuda.step import MOST_ROWS, Shape, Step, StepBuffers, drawn_on_device, lay_out
@@ -26,17 +27,7 @@ from gptoss_lite.ops.cuda.weights import Matrix, Router, WeightStore
 from gptoss_lite.rope import Rope
 from gptoss_lite.sampling import Draw, Sampled, not_finite, sample
 
-HEAD_DIM = 64
 _MOST_DRAWS = 4096  # in one step
-
-
-class Tiles(NamedTuple):
-    """Runs of sorted pairs that one expert computes together: int32 (n,), and how many there are, (1,)."""
-
-    expert: Array
-    start: Array
-    rows: Array
-    count: Array
 
 
 class CUDAOps(Ops):
@@ -56,7 +47,7 @@ class CUDAOps(Ops):
         self._lock = threading.RLock()
         self._step_buffers = StepBuffers(runtime)
         self._recordings = Recordings(runtime)
-        self._scratch = Scratch(runtime, moved=self._recordings.forget)
+        self._scratch = Scratch(runtime, self.step_tokens, moved=self._recordings.forget)
         # What the last step over a cache drew, by row: a cache belongs to one engine.
         self._drawn: WeakKeyDictionary[KVCache, Array] = WeakKeyDictionary()
         self._step: Step  # the one whose launches are being made
@@ -67,7 +58,7 @@ class CUDAOps(Ops):
     @contextmanager
     def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> Iterator[Plan]:
         """See Ops.loading; raises DeviceError for a network that the kernels cannot compute."""
-        _require_limits(checkpoint.config)
+        limits.require(checkpoint.config)
         free, _ = self._runtime.memory()
         plan = make_plan(
             checkpoint.config, checkpoint.forms(), step_tokens=self.step_tokens,
@@ -172,11 +163,6 @@ class CUDAOps(Ops):
             raise
         return self._weights.hot.fetch(self._host_ids(step.shape.tokens))
 
-    def _rows(self, name: str, shape: tuple[int, ...], dtype: Any, per_token: int = 1) -> Array:
-        """Give scratch memory of shape[0] rows, so many per token, with room for a step of any length."""
-        most = max(shape[0], self.step_tokens * per_token)
-        return self._scratch.array(name, (most, *shape[1:]), dtype)[: shape[0]]
-
     def _host_ids(self, tokens: int) -> Array:
         """Where the choices of layers with experts on the host are kept, (layers, T, k)."""
         hot = self._weights.hot
@@ -185,8 +171,8 @@ class CUDAOps(Ops):
     def embed(self, table: Any, rope: Rope, batch: Any) -> tuple[Array, Array]:
         """See Ops.embed; a negative token -1 - r stands for what row r of the step before drew."""
         tokens = batch.shape.tokens
-        x = self._rows("x", (tokens, table.hidden), np.float32)
-        rotation = self._rows("rotation", (tokens, HEAD_DIM), np.float32)
+        x = self._scratch.rows("x", (tokens, table.hidden), np.float32)
+        rotation = self._scratch.rows("rotation", (tokens, HEAD_DIM), np.float32)
         inv_freq = self._scratch.filled("inv_freq", rope.inv_freq)
         dense.embed(
             self._runtime, table.data, batch.tokens, self._tokens, batch.positions, inv_freq, x,
@@ -202,7 +188,7 @@ class CUDAOps(Ops):
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         weight: Matrix = w.weight
         heads = weight.layout.rows // HEAD_DIM - 2 * keys.shape[1]
-        q = self._rows("q", (len(x), heads, HEAD_DIM), np.float32)
+        q = self._scratch.rows("q", (len(x), heads, HEAD_DIM), np.float32)
         if d:
             dense.qkv_decode(
                 runtime, x[:d], norm.weight, weight.data, weight.layout, w.bias, rotation[:d],
@@ -210,7 +196,7 @@ class CUDAOps(Ops):
             )  # fmt: skip
         if batch.shape.prefills:
             h = self._normalised(x[d:], None, norm, weight.layout.bf16)
-            projected = self._rows("projected", (len(h), weight.layout.rows), np.float32)
+            projected = self._scratch.rows("projected", (len(h), weight.layout.rows), np.float32)
             gemm.linear(runtime, h, weight.data, weight.layout, weight.order, w.bias, projected)
             attention.rotate_append(
                 runtime, projected, rotation[d:], batch.sequence_of[d:], batch.positions[d:], table, keys,
@@ -225,7 +211,7 @@ class CUDAOps(Ops):
         """See Ops.attention; the result is in operand order, in the type that out_proj's products want."""
         runtime, keys, values, d = self._runtime, cache.keys[layer], cache.values[layer], batch.shape.decodes
         heads, key_heads = q.shape[1], keys.shape[1]
-        out = self._rows("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
+        out = self._scratch.rows("attended", (len(q), padded(heads * HEAD_DIM)), np.uint16)
         options: dict[str, Any] = {
             "window": window or 0, "bf16_out": self._weights.bf16["out", layer], "kv_fp16": self._kv_fp16
         }  # fmt: skip
@@ -260,10 +246,10 @@ class CUDAOps(Ops):
     def route(self, x: Array, norm: Norm, router: Linear, k: int) -> tuple[Array, Array, Array]:
         """See Ops.route; h is in operand order, in the type that the experts' products want."""
         weight: Router = router.weight
-        h = self._rows("h", (len(x), padded(x.shape[1])), np.uint16)
+        h = self._scratch.rows("h", (len(x), padded(x.shape[1])), np.uint16)
         ids = self._ids(weight.layer, len(x), k)
-        weights = self._rows("weights", (len(x), k), np.float32)
-        logits = self._rows("router_logits", (len(x), len(weight.data)), np.float32)
+        weights = self._scratch.rows("weights", (len(x), k), np.float32)
+        logits = self._scratch.rows("router_logits", (len(x), len(weight.data)), np.float32)
         routing.route(
             self._runtime, x, norm.weight, weight.data, router.bias, self._step.positions, h, ids, weights,
             logits, self._scratch.counters("router_counters", len(x)), eps=norm.eps,
@@ -275,67 +261,17 @@ class CUDAOps(Ops):
         """Where a layer's choices go, (T, k); they are kept for layers whose experts lie on the host."""
         layers = self._weights.hot.layers
         if layer not in layers:
-            return self._rows("ids", (tokens, k), np.int32)
+            return self._scratch.rows("ids", (tokens, k), np.int32)
         return self._host_ids(tokens)[layers.index(layer)]
 
     def experts(
         self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array
     ) -> Array:
         """See Ops.experts; x is changed in place."""
-        d, total, most = self._step.shape.decodes, len(x), moe.MAX_PAIRS // ids.shape[1]
-        parts = [(slice(start, min(start + most, d)), moe.TOKENS) for start in range(0, d, most)]
-        if d < total:
-            parts.append((slice(d, total), gemm.TOKENS))
-        for rows, tile in parts:
-            self._experts(h[rows], ids[rows], weights[rows], gate_up, down, limit, x[rows], tile)
+        experts.add(
+            self._runtime, self._scratch, h, ids, weights, gate_up, down, limit, x, self._step.shape.decodes
+        )
         return x
-
-    def _experts(
-        self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array,
-        tile: int,
-    ) -> None:  # fmt: skip
-        """Run the experts of rows that all are decode rows (tiles of 8) or all prefill rows (of 64)."""
-        runtime, up, out = self._runtime, gate_up.weight, down.weight
-        pairs, k, bf16 = ids.size, ids.shape[1], out.layout.bf16
-        order, place, tiles = self._group(ids, len(up.table), tile)
-        inner = self._rows("inner", (pairs, out.layout.chunks * CHUNK), np.uint16, k)
-        if tile == moe.TOKENS:
-            moe.gate_up_decode(
-                runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit,
-                bf16_out=bf16,
-            )  # fmt: skip
-            moe.down_decode(
-                runtime, inner, out.table, out.layout, down.bias, order, *tiles, place, weights, x
-            )
-            return
-        gemm.moe_gate_up_prefill(
-            runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit, bf16_out=bf16
-        )
-        y = self._rows("y", (pairs, x.shape[1]), np.float32, k)
-        gemm.moe_down_prefill(runtime, inner, out.table, out.layout, down.bias, *tiles, y)
-        gemm.combine(runtime, y, place, weights, x)
-
-    def _group(self, ids: Array, experts: int, tile: int) -> tuple[Array, Array, Tiles]:
-        """Sort pairs (token, choice) by expert: each one's token, where each went (T, k), and the tiles."""
-        pairs, k = ids.size, ids.shape[1]
-        if len(ids) == 1:  # nothing to sort: each choice of the one token is a tile of its own
-            number = np.arange(pairs, dtype=np.int32)
-            start = self._scratch.filled("one_token_start", number)
-            rows = self._scratch.filled("one_token_rows", np.ones_like(number))
-            count = self._scratch.filled("one_token_count", np.array([pairs], np.int32))
-            order = self._scratch.filled("one_token_order", np.zeros_like(number))
-            return order, start.reshape(1, -1), Tiles(ids.reshape(-1), start, rows, count)
-        most = routing.tile_capacity(pairs, experts, tile)
-        order = self._rows("order", (pairs,), np.int32, k)
-        place = self._rows("place", ids.shape, np.int32)
-        tiles = Tiles(
-            self._rows("tile_expert", (most,), np.int32, k),
-            self._rows("tile_start", (most,), np.int32, k),
-            self._rows("tile_rows", (most,), np.int32, k),
-            self._scratch.array("tile_count", (1,), np.int32),
-        )
-        routing.group(self._runtime, ids, order, place, *tiles, experts=experts, tile=tile)
-        return order, place, tiles
 
     def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Any) -> Array:
         """See Ops.logits; draws at once where nothing but the temperature stands between."""
@@ -386,46 +322,13 @@ class CUDAOps(Ops):
     def _normalised(self, x: Array, rows: Array | None, norm: Norm, bf16: bool) -> Array:
         """Normalise rows of x into operands."""
         count = len(x) if rows is None else len(rows)
-        h = self._rows("normalised", (count, padded(x.shape[1])), np.uint16)
+        h = self._scratch.rows("normalised", (count, padded(x.shape[1])), np.uint16)
         dense.rms_norm(self._runtime, x, rows, norm.weight, h, eps=norm.eps, bf16=bf16)
         return h
 
     @property
     def _kv_fp16(self) -> bool:
         return self._runtime.arch == "sm_75"  # Turing multiplies fp16 alone
-
-
-def _require_limits(config: ModelConfig) -> None:
-    """Raise DeviceError for a network beyond what the kernels are written for."""
-    limits = {  # key -> value, whether it will do, what would
-        "head_dim": (config.head_dim, config.head_dim == HEAD_DIM, f"{HEAD_DIM}"),
-        "hidden_size": (
-            config.hidden_size,
-            config.hidden_size % BLOCK == 0 and config.hidden_size <= routing.MAX_ROUTED_HIDDEN,
-            f"a multiple of {BLOCK} up to {routing.MAX_ROUTED_HIDDEN}",
-        ),
-        "intermediate_size": (
-            config.intermediate_size, config.intermediate_size % BLOCK == 0, f"a multiple of {BLOCK}"
-        ),
-        "num_local_experts": (
-            config.num_local_experts,
-            config.num_local_experts <= routing.MAX_EXPERTS,
-            f"at most {routing.MAX_EXPERTS}",
-        ),
-        "num_experts_per_tok": (
-            config.num_experts_per_tok,
-            config.num_experts_per_tok <= routing.MAX_K,
-            f"at most {routing.MAX_K}",
-        ),
-        "vocab_size": (
-            config.vocab_size,
-            config.vocab_size <= sampling.MAX_SAMPLED_VOCAB,
-            f"at most {sampling.MAX_SAMPLED_VOCAB}",
-        ),
-    }  # fmt: skip
-    for key, (value, fits, wanted) in limits.items():
-        if not fits:
-            raise DeviceError(f"{key} is {value}: the CUDA kernels want {wanted}; device cpu takes any")
 
 
 def padded(columns: int) -> int:

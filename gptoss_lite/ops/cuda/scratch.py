@@ -12,11 +12,13 @@ from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 class Scratch:
     """Named arrays that keep their place until a larger one of the name is asked for.
 
-    moved: called whenever an array gets a new place, for whoever remembers the old one.
+    step_tokens: how long steps are at most, as a rule. moved: called whenever an array gets a new place, for
+    whoever remembers the old one.
     """
 
-    def __init__(self, runtime: Runtime, moved: Callable[[], None]) -> None:
+    def __init__(self, runtime: Runtime, step_tokens: int, moved: Callable[[], None]) -> None:
         self._runtime = runtime
+        self._step_tokens = step_tokens
         self._moved = moved
         self._arrays: dict[str, Array] = {}
 
@@ -26,6 +28,11 @@ class Scratch:
         if not self._has(name, count):
             self._keep(name, self._runtime.empty((max(count, 1),), dtype))
         return self._arrays[name][:count].reshape(shape)
+
+    def rows(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, per_token: int = 1) -> Array:
+        """Give an array of shape[0] rows, so many per token, with room for a step of any length."""
+        most = max(shape[0], self._step_tokens * per_token)
+        return self.array(name, (most, *shape[1:]), dtype)[: shape[0]]
 
     def counters(self, name: str, count: int) -> Array:
         """Give uint32 counters that kernels find at zero and leave at zero."""

@@ -14,9 +14,9 @@ from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import Plan
 from gptoss_lite.ops.base import Use
 from gptoss_lite.ops.cuda.hot import HotExperts
+from gptoss_lite.ops.cuda.limits import HEAD_DIM
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
 
-HEAD_DIM = 64
 _HALF_MAX = 65504.0
 _PIECE = 32 << 20  # bytes of a matrix that are uploaded and repacked at a time
 
