@@ -15,7 +15,7 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.kernels.cuda.launch import attention, moe
 from gptoss_lite.kernels.cuda.launch.routing import tile_capacity
-from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout, gate_up_rows
+from gptoss_lite.kernels.cuda.layout import TILE_ROWS, Format, Layout, gate_up_rows, padded
 from gptoss_lite.sizes import format_gib
 
 # Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
@@ -188,17 +188,17 @@ def workspace(config: ModelConfig, step_tokens: int, max_sequences: int) -> tupl
     )
     return (
         ("residual stream", T * hidden * 4),
-        ("normalised", 2 * T * _padded(hidden) * 2),  # attention's and the experts'
+        ("normalised", 2 * T * padded(hidden) * 2),  # attention's and the experts'
         ("projections", T * (H + 2 * Hk) * D * 4),
         ("queries", T * H * D * 4),
-        ("attention", T * _padded(H * D) * 2),
+        ("attention", T * padded(H * D) * 2),
         ("attention partials", partials * 4),
         ("rotations", T * D * 4),
         ("router logits", T * E * 4),
         ("chosen experts", T * k * 8),
         ("choices of host layers", config.num_hidden_layers * T * k * 4),
         ("grouping", 2 * pairs * 4 + 3 * tiles * 4 + 4),
-        ("inner", pairs * _padded(config.intermediate_size) * 2),
+        ("inner", pairs * padded(config.intermediate_size) * 2),
         ("expert outputs", pairs * hidden * 4),
         ("logits", S * config.vocab_size * 4),
         ("small arrays", small),
@@ -240,11 +240,6 @@ def _experts_label(plan: Plan) -> str:
 
 def _layer_name(layer: int, name: str) -> str:
     return f"model.layers.{layer}.{name}"
-
-
-def _padded(columns: int) -> int:
-    """Columns of a row of operands."""
-    return -(-columns // CHUNK) * CHUNK
 
 
 def _layout(form: StoredForm, rows: int, columns: int) -> Layout:

@@ -615,7 +615,10 @@ def test_an_interrupted_wait_loses_no_token(model: GptOss, alone: list[list[int]
     assert tokens == alone[0]
 
 
-def test_requests_that_cannot_be_admitted_do_not_hold_up_the_others(model: GptOss) -> None:
+@pytest.mark.parametrize("limits", [{"max_sequences": 1}, {"cache_tokens": 32}])
+def test_requests_that_cannot_be_admitted_do_not_hold_up_the_others(
+    model: GptOss, limits: dict[str, int]
+) -> None:
     begun = 0
 
     class Watched(Engine):
@@ -625,7 +628,7 @@ def test_requests_that_cannot_be_admitted_do_not_hold_up_the_others(model: GptOs
             begun += ahead is not None
             return ahead
 
-    engine = Watched(model, max_sequences=1)
-    both = [Request(prompt(4), GREEDY, 0, 12), Request(prompt(5), GREEDY, 0, 12)]
+    engine = Watched(model, **limits)
+    both = [Request(prompt(4), GREEDY, 0, 12), Request(prompt(17), GREEDY, 0, 12)]
     assert answers(engine, both) == [answers(Engine(model), [request])[0] for request in both]
     assert begun == 22  # though one of them waited all the time that the other ran

@@ -11,7 +11,6 @@ from bench.gpu.timing import (
     BLOCK_TOKENS,
     DECODE_TILE,
     EPS,
-    HEAD_DIM,
     LIMIT,
     MIN_WIDTH,
     MOST_SPLITS,
@@ -24,7 +23,7 @@ from bench.gpu.timing import (
     tables_of,
 )  # fmt: skip
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, moe, routing, sampling
-from gptoss_lite.kernels.cuda.layout import Format, Layout, plain_rows, rope_rows
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM, Format, Layout, plain_rows, rope_rows
 from gptoss_lite.kernels.cuda.runtime import Array
 
 
@@ -131,7 +130,7 @@ def _experts_decode(b: Bench, S: int) -> Iterator[Result]:
     yield time(
         "down_decode",
         lambda i: moe.down_decode(
-            rt, product, down_tables[i % len(down_tables)], down, down_bias, *groups[i], groups.place[i],
+            rt, product, down_tables[i % len(down_tables)], down, down_bias, *groups[i][1:], groups.place[i],
             weights, x,
         ),
         sets, nbytes=used * down.nbytes, experts=experts, experts_read=used,

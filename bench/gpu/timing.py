@@ -10,10 +10,9 @@ import numpy.typing as npt
 from bench.gpu.device import Device, Result, bits16, median
 from gptoss_lite.config import ModelConfig, RopeConfig
 from gptoss_lite.kernels.cuda.launch import routing
-from gptoss_lite.kernels.cuda.layout import CHUNK, Format, Layout, gate_up_rows
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM, Format, Layout, gate_up_rows, padded
 from gptoss_lite.kernels.cuda.runtime import Array
 
-HEAD_DIM = 64
 BLOCK_TOKENS = 16
 EPS, LIMIT = 1e-5, 7.0
 DECODE_TILE, PREFILL_TILE = 8, 64
@@ -68,11 +67,6 @@ def network(name: str) -> ModelConfig:
         rope=RopeConfig(150_000.0, 32.0, 4096, 32.0, 1.0, False),
         quant_method="mxfp4",
     )
-
-
-def padded(columns: int) -> int:
-    """Columns of a row of operands."""
-    return -(-columns // CHUNK) * CHUNK
 
 
 class Bench:

@@ -40,8 +40,6 @@ DEVICE Merged merge(const Part* parts, int count, int head, int place, Merged st
 // Where a quad of a head is kept in shared memory: the eight lanes that store together meet no bank twice.
 DEVICE int place_of(int head, int quad) { return head * QUADS + (quad ^ quad >> 3 ^ (head & 1) << 1); }
 
-DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // The B operands of 16 keys: lane (g, t) has dimensions 8t .. 8t + 7 and 32 + 8t .. of the keys g and g + 8.
 DEVICE void load_keys(uint4 (&k)[4], const uint4* block, int g, int t) {
 #pragma unroll

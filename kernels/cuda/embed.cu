@@ -1,10 +1,9 @@
 // Looks tokens up in the embedding table, and turns positions into the cosines and sines of rotation.
 #include "ptx.cuh"
+#include "table.cuh"
 
 constexpr int THREADS = 128;
 constexpr int PAIRS = 32;  // that rotate together in a head of 64
-
-enum Table { BF16, FP16, FLOAT32 };  // its type
 
 DEVICE float widen(u16 bits, int type) { return type == FP16 ? half_to_float(bits) : bf16_to_float(bits); }
 

@@ -15,6 +15,9 @@ Array = npt.NDArray[Any]
 TILE_ROWS = 16
 CHUNK = 64  # columns
 BLOCK = 32  # columns that one scale of MXFP4 covers
+HEAD_DIM = 64  # of all attention heads
+BLOCK_TOKENS = 16  # positions in a block of the cache
+MAX_K = 8  # experts that a token may choose
 _EIGHT = (0, 4, 1, 5, 2, 6, 3, 7)  # operand order
 MXFP4_SCALE_OFFSET = 14  # fp16 operands hold code * 2^-14
 # Where weights.cuh finds code i of four in a 16-bit half: the shift of its sign, the shift of its magnitude.
@@ -27,6 +30,19 @@ class Format(IntEnum):
     DENSE = 0
     INT8 = 1
     MXFP4 = 2
+
+
+class Table(IntEnum):
+    """The type of natural rows, embeddings or weights to pack; as in table.cuh."""
+
+    BF16 = 0
+    FP16 = 1
+    FLOAT32 = 2
+
+
+def padded(columns: int) -> int:
+    """Round up to whole chunks: how long a row of operands is."""
+    return -(-columns // CHUNK) * CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,19 +201,31 @@ def pack_mxfp4(layout: Layout, blocks: Array, scales: Array, order: Array) -> Ar
 MXFP4_HALF_SCALES = (99, 128)
 
 
+def to_bits(x: Array, bf16: bool) -> Array:
+    """Round to float32 and to the bits of bf16 or fp16, to the nearest, ties to even: uint16."""
+    x = np.ascontiguousarray(x, np.float32)
+    if not bf16:
+        return x.astype(np.float16).view(np.uint16)
+    bits = x.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bits(bits: Array, bf16: bool) -> Array:
+    """Widen the bits of bf16 or fp16 to float32."""
+    if bf16:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float16).astype(np.float32)
+
+
 def operands(x: Array, bf16: bool = False) -> Array:
     """Round float32 rows (T, K) to operands: uint16 (T, K padded to 64), operand order."""
-    padded = _pad_columns(np.asarray(x, np.float32), -(-x.shape[-1] // CHUNK) * CHUNK)
-    ordered = padded.reshape(*padded.shape[:-1], -1, 8)[..., _EIGHT].reshape(padded.shape)
-    if not bf16:
-        return ordered.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(ordered).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    values = _pad_columns(np.asarray(x, np.float32), padded(x.shape[-1]))
+    return to_bits(values.reshape(*values.shape[:-1], -1, 8)[..., _EIGHT].reshape(values.shape), bf16)
 
 
 def from_operands(bits: Array, columns: int, bf16: bool = False) -> Array:
     """Undo `operands`: uint16 (T, padded) -> float32 (T, columns)."""
-    values = (bits.astype(np.uint32) << 16).view(np.float32) if bf16 else bits.view(np.float16)
+    values = from_bits(bits, bf16)
     inverse = np.argsort(_EIGHT)
     natural = values.reshape(*values.shape[:-1], -1, 8)[..., inverse].reshape(values.shape)
-    return natural[..., :columns].astype(np.float32)
+    return natural[..., :columns]

@@ -1,5 +1,6 @@
 // The two products of the experts in decode, over tiles of up to 8 tokens that chose the same expert.
 #include "decode.cuh"
+#include "swiglu.cuh"
 
 constexpr int WARPS = 4;                     // share the chunks of a tile
 constexpr int GROUPS = 4;                    // tiles of tokens that a block of down_decode has under way
@@ -19,13 +20,6 @@ constexpr int DOWN_BLOCKS = 2;
 #endif
 
 typedef Walk<WARPS, DEPTH, Space::GLOBAL> TileWalk;
-
-// h = SwiGLU(x) with a gate bounded above and an up bounded on both sides.
-DEVICE float swiglu(float gate, float up, float limit) {
-  gate = fminf(gate, limit);
-  up = fminf(fmaxf(up, -limit), limit);
-  return gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
-}
 
 // A block has one tile of rows, 8 gates and their ups, and one tile of sorted tokens; a warp every fourth
 // chunk of the rows. Then a thread has one gate and up of one token. Experts may lie in host memory.
@@ -65,10 +59,10 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, UP_BLOCKS)
 }
 
 // A block has one tile of rows for all the tokens: no two blocks add to the same numbers. Four warps share a
-// tile of sorted tokens, of which 16 have four at a time; what they make waits in shared memory,
-// y[place][row], until a thread adds up one row of one token, in order of choice. The grouping arrays, and
-// the thread's index, are read before and after each product rather than kept, which no register is to spare
-// for; hence the arrays are not __restrict__.
+// tile of sorted tokens; the block's 16 warps have four tiles under way. What they make waits in shared
+// memory, y[place][row], until a thread adds up one row of one token, in order of choice. The grouping
+// arrays, and the thread's index, are read before and after each product rather than kept, which no register
+// is to spare for; hence the arrays are not __restrict__.
 extern "C" __global__ void __launch_bounds__(GROUPS * WARPS * WARP, DOWN_BLOCKS)
     down_decode(const u64* __restrict__ table, const float* __restrict__ bias, const u16* __restrict__ inner,
                 const int* tile_expert, const int* tile_start, const int* tile_rows, const int* count,

@@ -1,5 +1,6 @@
 // The two products of the experts in prefill, over tiles of up to 64 tokens that chose the same expert.
 #include "gemm.cuh"
+#include "swiglu.cuh"
 
 typedef Shape<192, 64, 4> Block;
 constexpr int BLOCKS = 2;  // at a time on a multiprocessor
@@ -16,13 +17,6 @@ DEVICE Group group_at(const int* expert, const int* start, const int* rows) {
 
 DEVICE Matrix matrix_of(const u64* table, int expert, int tiles, int chunks, int group_blocks) {
   return {reinterpret_cast<const u8*>(table[expert]), tiles, chunks, group_blocks};
-}
-
-// h = SwiGLU(x) with a gate bounded above and an up bounded on both sides.
-DEVICE float swiglu(float gate, float up, float limit) {
-  gate = fminf(gate, limit);
-  up = fminf(fmaxf(up, -limit), limit);
-  return gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
 }
 
 // A block has 192 packed rows and one tile of sorted tokens; a warp 32 of the rows, gates and ups in turn, so

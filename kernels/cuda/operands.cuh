@@ -27,6 +27,8 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 #endif
 
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // Eight columns of a row, natural order -> one 16-byte store in operand order.
 DEVICE uint4 pack_eight(const float (&x)[8]) {
   return make_uint4(pack_operands(x[0], x[4]), pack_operands(x[1], x[5]), pack_operands(x[2], x[6]),

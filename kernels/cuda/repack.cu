@@ -3,10 +3,9 @@
 // `order` names the source row of each packed row of `tiles` tiles, -1 for padding, which is zeros. `codes`
 // and `scales` point at the first of these tiles. Sources have a multiple of 32 columns, and so whole blocks.
 #include "ptx.cuh"
+#include "table.cuh"
 
 constexpr int THREADS = 256, WARP = 32, TILE_ROWS = 16, CHUNK = 64, BLOCK = 32;
-
-enum Source { BF16, FP16, FLOAT32 };
 
 DEVICE int thread_index() { return blockIdx.x * THREADS + threadIdx.x; }
 

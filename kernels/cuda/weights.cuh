@@ -95,8 +95,6 @@ DEVICE void load_block(Chunk& r, const Tile& tile, int chunk, int block) {
 }
 #endif
 
-DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 #if defined(WEIGHTS_MXFP4)
 // A word of eight recoded E2M1 codes -> four pairs (code i, code i + 4). Each 16-bit half holds four codes:
 // signs at bits 15, 12, 14, 13 and magnitudes at bits 11-9, 8-6, 5-3, 2-0, so that a shift and a mask put

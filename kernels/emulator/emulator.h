@@ -24,13 +24,8 @@
 
 #define __CUDA_ARCH__ 900
 #define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define __constant__ static const
 #define DEVICE inline __attribute__((always_inline))  // of methods too, so not static
 
 struct uint2 {
@@ -42,52 +37,16 @@ struct uint3 {
 struct alignas(16) uint4 {
   unsigned int x, y, z, w;
 };
-struct int2 {
-  int x, y;
-};
-struct int3 {
-  int x, y, z;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
-};
-struct float3 {
-  float x, y, z;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct alignas(4) ushort2 {
-  unsigned short x, y;
-};
-struct alignas(8) ushort4 {
-  unsigned short x, y, z, w;
-};
-struct alignas(4) uchar4 {
-  unsigned char x, y, z, w;
-};
-struct alignas(16) ulonglong2 {
-  unsigned long long x, y;
-};
-using dim3 = uint3;
 
 DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-DEVICE uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 DEVICE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-DEVICE int2 make_int2(int x, int y) { return {x, y}; }
-DEVICE int3 make_int3(int x, int y, int z) { return {x, y, z}; }
-DEVICE int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-DEVICE float2 make_float2(float x, float y) { return {x, y}; }
-DEVICE float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-DEVICE ushort2 make_ushort2(unsigned short x, unsigned short y) { return {x, y}; }
-DEVICE ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) {
-  return {x, y, z, w};
-}
-DEVICE ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { return {x, y}; }
 
 namespace emulator {
 
@@ -1003,7 +962,6 @@ OUT_OF_LINE void wait_copies(u32 pending) {
 #define blockIdx (::emulator::block().index)
 #define blockDim (::emulator::block().block_dim)
 #define gridDim (::emulator::block().grid_dim)
-constexpr int warpSize = 32;
 
 DEVICE void __syncthreads(AT) { ::emulator::barrier({file_, line_}); }
 UNCHECKED inline void __syncwarp(unsigned mask = ~0u, AT) {
@@ -1059,35 +1017,17 @@ UNCHECKED inline unsigned __match_any_sync(unsigned mask, T value, AT) {
   }
 EMULATOR_REDUCE(__reduce_add_sync, unsigned, a + b)
 EMULATOR_REDUCE(__reduce_add_sync, int, (int)((unsigned)a + (unsigned)b))
-EMULATOR_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
-EMULATOR_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 EMULATOR_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
 EMULATOR_REDUCE(__reduce_max_sync, int, a > b ? a : b)
-EMULATOR_REDUCE(__reduce_and_sync, unsigned, a& b)
-EMULATOR_REDUCE(__reduce_or_sync, unsigned, a | b)
-EMULATOR_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 
 template <class T>
 DEVICE T __ldg(const T* p) {
   return *p;
 }
-template <class T>
-DEVICE T __ldcs(const T* p) {
-  return *p;
-}
-template <class T>
-DEVICE T __ldcg(const T* p) {
-  return *p;
-}
-template <class T>
-DEVICE void __stcs(T* p, T value) {
-  *p = value;
-}
 
 DEVICE float __uint_as_float(unsigned u) { return ::emulator::from_bits(u); }
 DEVICE float __int_as_float(int i) { return ::emulator::from_bits((unsigned)i); }
 DEVICE unsigned __float_as_uint(float x) { return ::emulator::to_bits(x); }
-DEVICE int __float_as_int(float x) { return (int)::emulator::to_bits(x); }
 
 // Every atomic is a loop on compare-and-swap over the value's bits.
 namespace emulator {
@@ -1111,49 +1051,15 @@ EMULATOR_ATOMIC(atomicAdd, int, (int)((unsigned)old + (unsigned)value))
 EMULATOR_ATOMIC(atomicAdd, unsigned, old + value)
 EMULATOR_ATOMIC(atomicAdd, unsigned long long, old + value)
 EMULATOR_ATOMIC(atomicAdd, float, old + value)
-EMULATOR_ATOMIC(atomicAdd, double, old + value)
-EMULATOR_ATOMIC(atomicSub, int, (int)((unsigned)old - (unsigned)value))
-EMULATOR_ATOMIC(atomicSub, unsigned, old - value)
-EMULATOR_ATOMIC(atomicMax, int, old > value ? old : value)
 EMULATOR_ATOMIC(atomicMax, unsigned, old > value ? old : value)
-EMULATOR_ATOMIC(atomicMax, long long, old > value ? old : value)
 EMULATOR_ATOMIC(atomicMax, unsigned long long, old > value ? old : value)
-EMULATOR_ATOMIC(atomicMin, int, old < value ? old : value)
-EMULATOR_ATOMIC(atomicMin, unsigned, old < value ? old : value)
-EMULATOR_ATOMIC(atomicMin, long long, old < value ? old : value)
-EMULATOR_ATOMIC(atomicMin, unsigned long long, old < value ? old : value)
 EMULATOR_ATOMIC(atomicInc, unsigned, old >= value ? 0 : old + 1)
-EMULATOR_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
-EMULATOR_ATOMIC(atomicAnd, int, old& value)
-EMULATOR_ATOMIC(atomicAnd, unsigned, old& value)
-EMULATOR_ATOMIC(atomicOr, int, old | value)
-EMULATOR_ATOMIC(atomicOr, unsigned, old | value)
-EMULATOR_ATOMIC(atomicOr, unsigned long long, old | value)
-EMULATOR_ATOMIC(atomicXor, unsigned, old ^ value)
-EMULATOR_ATOMIC(atomicExch, int, ((void)old, value))
-EMULATOR_ATOMIC(atomicExch, unsigned, ((void)old, value))
-EMULATOR_ATOMIC(atomicExch, unsigned long long, ((void)old, value))
-EMULATOR_ATOMIC(atomicExch, float, ((void)old, value))
-
-#define EMULATOR_CAS(T)                                                                      \
-  UNCHECKED inline T atomicCAS(T* p, T expected, T value) {                                  \
-    return ::emulator::atomic(p, [=](T old) -> T { return old == expected ? value : old; }); \
-  }
-EMULATOR_CAS(int)
-EMULATOR_CAS(unsigned)
-EMULATOR_CAS(unsigned long long)
 
 DEVICE void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-DEVICE void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-DEVICE void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-#define __trap() ::emulator::fail("__trap")
 
 DEVICE int __popc(unsigned x) { return __builtin_popcount(x); }
-DEVICE int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 DEVICE int __ffs(int x) { return __builtin_ffs(x); }
-DEVICE int __ffsll(long long x) { return __builtin_ffsll(x); }
 DEVICE int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
-DEVICE int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 DEVICE unsigned __brev(unsigned x) {
   unsigned r = 0;
   for (int i = 0; i < 32; ++i) r |= (x >> i & 1) << (31 - i);
@@ -1169,62 +1075,17 @@ DEVICE unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return r;
 }
 DEVICE unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
-DEVICE int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
-DEVICE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return (unsigned long long)((unsigned __int128)a * b >> 64);
-}
-DEVICE unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-  return (unsigned)((((unsigned long long)high << 32 | low) << (shift & 31)) >> 32);
-}
-DEVICE unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-  return (unsigned)(((unsigned long long)high << 32 | low) >> (shift & 31));
-}
 
-#define EMULATOR_MIN_MAX(A, B, T)                              \
-  DEVICE T min(A a, B b) { return (T)a < (T)b ? (T)a : (T)b; } \
-  DEVICE T max(A a, B b) { return (T)a > (T)b ? (T)a : (T)b; }
-EMULATOR_MIN_MAX(int, int, int)
-EMULATOR_MIN_MAX(unsigned, unsigned, unsigned)
-EMULATOR_MIN_MAX(int, unsigned, unsigned)
-EMULATOR_MIN_MAX(unsigned, int, unsigned)
-EMULATOR_MIN_MAX(long, long, long)
-EMULATOR_MIN_MAX(unsigned long, unsigned long, unsigned long)
-EMULATOR_MIN_MAX(long long, long long, long long)
-EMULATOR_MIN_MAX(unsigned long long, unsigned long long, unsigned long long)
+#define EMULATOR_MIN_MAX(T)                        \
+  DEVICE T min(T a, T b) { return a < b ? a : b; } \
+  DEVICE T max(T a, T b) { return a > b ? a : b; }
+EMULATOR_MIN_MAX(int)
+EMULATOR_MIN_MAX(unsigned)
+EMULATOR_MIN_MAX(unsigned long long)
 DEVICE float min(float a, float b) { return fminf(a, b); }
 DEVICE float max(float a, float b) { return fmaxf(a, b); }
-DEVICE double min(double a, double b) { return fmin(a, b); }
-DEVICE double max(double a, double b) { return fmax(a, b); }
 
 DEVICE float rsqrtf(float x) { return (float)(1.0 / sqrt((double)x)); }
-// Macros, for the C library has functions of these names that only its own headers may call.
-#define __expf(x) expf(x)
-#define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __powf(x, y) powf(x, y)
-DEVICE float __fdividef(float a, float b) { return a / b; }
-DEVICE float __frcp_rn(float x) { return 1.f / x; }
-DEVICE float __fsqrt_rn(float x) { return sqrtf(x); }
-DEVICE float __frsqrt_rn(float x) { return rsqrtf(x); }
-DEVICE float __fadd_rn(float a, float b) { return a + b; }
-DEVICE float __fsub_rn(float a, float b) { return a - b; }
-DEVICE float __fmul_rn(float a, float b) { return a * b; }
-DEVICE float __fdiv_rn(float a, float b) { return a / b; }
-DEVICE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-DEVICE double __dmul_rn(double a, double b) { return a * b; }
-DEVICE double __dadd_rn(double a, double b) { return a + b; }
-DEVICE float __saturatef(float x) { return fminf(fmaxf(x, 0.f), 1.f); }
-DEVICE int __float2int_rn(float x) { return (int)rintf(x); }
-DEVICE int __float2int_rz(float x) { return (int)x; }
-DEVICE int __float2int_rd(float x) { return (int)floorf(x); }
-DEVICE unsigned __float2uint_rn(float x) { return (unsigned)rintf(x); }
-DEVICE unsigned __float2uint_rz(float x) { return (unsigned)x; }
-DEVICE float __int2float_rn(int x) { return (float)x; }
-DEVICE float __uint2float_rn(unsigned x) { return (float)x; }
-DEVICE float __ull2float_rn(unsigned long long x) { return (float)x; }
-DEVICE float __double2float_rn(double x) { return (float)x; }
 
 // ------------------------------------------------------------------------------------------ as in ptx.cuh
 
@@ -1388,11 +1249,6 @@ OUT_OF_LINE void __ubsan_handle_shift_out_of_bounds(::emulator::Location* at, un
                                                     unsigned long long by) {
   if (::emulator::checking)
     ::emulator::fail("shift by %lld, %s:%u", (long long)by, ::emulator::base_name(at->file), at->line);
-}
-OUT_OF_LINE void __ubsan_handle_divrem_overflow(::emulator::Location* at, unsigned long long,
-                                                unsigned long long) {
-  if (::emulator::checking)
-    ::emulator::fail("division by zero, %s:%u", ::emulator::base_name(at->file), at->line);
 }
 }
 #endif  // EMULATOR_CHECKED

@@ -218,9 +218,7 @@ class Emulator:
             # Aligned by hand, and the byte after the end is in no array.
             owner = np.full(nbytes + ALIGNMENT + 1, POISON, np.uint8)
         except MemoryError:
-            raise OutOfMemoryError(
-                f"cannot set aside {nbytes:,} bytes: {self.memory()[0]:,} are free"
-            ) from None
+            raise OutOfMemoryError(f"cannot set aside {nbytes:,} bytes of host memory") from None
         start = -owner.ctypes.data % ALIGNMENT
         self._register(owner, owner.ctypes.data + start, nbytes)
         return owner[start : start + nbytes].view(kind).reshape(shape)
@@ -296,7 +294,7 @@ class Emulator:
         """Do nothing: every launch has ended when it returns."""
 
     def memory(self) -> tuple[int, int]:
-        """Return the host's memory as free and total bytes; what files are cached in is as good as free."""
+        """Return the host's memory, as free and as total: how much of it is in use is not looked at."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
 

@@ -13,13 +13,12 @@ from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.kernels.cuda.launch import attention, dense, gemm, routing, sampling
-from gptoss_lite.kernels.cuda.layout import CHUNK
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM, padded
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import MOST_SPLITS, Plan, make_plan
 from gptoss_lite.ops.base import Linear, Network, Norm, Ops, Pending, Use
 from gptoss_lite.ops.cuda import experts, limits
 from gptoss_lite.ops.cuda.hot import Due
-from gptoss_lite.ops.cuda.limits import HEAD_DIM
 from gptoss_lite.ops.cuda.recording import Recordings
 from gptoss_lite.ops.cuda.scratch import Scratch
 from gptoss_lite.ops.cuda.step import MOST_ROWS, Shape, Step, StepBuffers, drawn_on_device, lay_out
@@ -329,8 +328,3 @@ class CUDAOps(Ops):
     @property
     def _kv_fp16(self) -> bool:
         return self._runtime.arch == "sm_75"  # Turing multiplies fp16 alone
-
-
-def padded(columns: int) -> int:
-    """Columns of a row of operands."""
-    return -(-columns // CHUNK) * CHUNK

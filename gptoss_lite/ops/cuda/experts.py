@@ -49,7 +49,7 @@ def _add_alike(
         moe.gate_up_decode(
             runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit, bf16_out=bf16
         )
-        moe.down_decode(runtime, inner, out.table, out.layout, down.bias, order, *tiles, place, weights, x)
+        moe.down_decode(runtime, inner, out.table, out.layout, down.bias, *tiles, place, weights, x)
         return
     gemm.moe_gate_up_prefill(
         runtime, h, up.table, up.layout, gate_up.bias, order, *tiles, inner, limit=limit, bf16_out=bf16

@@ -3,9 +3,7 @@
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cuda.launch import routing, sampling
-from gptoss_lite.kernels.cuda.layout import BLOCK
-
-HEAD_DIM = 64
+from gptoss_lite.kernels.cuda.layout import BLOCK, HEAD_DIM
 
 
 def require(config: ModelConfig) -> None:

@@ -9,12 +9,19 @@ import numpy.typing as npt
 from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cuda import ranges
 from gptoss_lite.kernels.cuda.launch import weights as repack
-from gptoss_lite.kernels.cuda.layout import TILE_ROWS, Format, Layout, gate_up_rows, plain_rows, rope_rows
+from gptoss_lite.kernels.cuda.layout import (
+    HEAD_DIM,
+    TILE_ROWS,
+    Format,
+    Layout,
+    gate_up_rows,
+    plain_rows,
+    rope_rows,
+)
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import Plan
 from gptoss_lite.ops.base import Use
 from gptoss_lite.ops.cuda.hot import HotExperts
-from gptoss_lite.ops.cuda.limits import HEAD_DIM
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
 
 _HALF_MAX = 65504.0

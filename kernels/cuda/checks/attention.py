@@ -4,40 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
+from gptoss_lite.kernels.cuda.checks.common import Array, assert_close, rounded, to_values, upload
 from gptoss_lite.kernels.cuda.launch import attention as launch
-from gptoss_lite.kernels.cuda.layout import from_operands
-from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
+from gptoss_lite.kernels.cuda.layout import BLOCK_TOKENS, from_operands, to_bits
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM as D
 from gptoss_lite.kernels.cuda.runtime import Runtime
 
-Array = npt.NDArray[Any]
-
-D = 64
 NAN_BITS = 0xFFFF  # a NaN as fp16 and as bf16
-
-
-def _device(rt: Runtime, array: Array) -> DeviceArray:
-    target = rt.empty(array.shape, array.dtype)
-    rt.upload(np.ascontiguousarray(array), target)
-    return target
-
-
-def _to_bits(x: Array, fp16: bool) -> Array:
-    """Round float32 to the bits of fp16 or bf16, to the nearest, ties to even."""
-    if fp16:
-        return x.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def _from_bits(bits: Array, fp16: bool) -> Array:
-    values = bits.view(np.float16) if fp16 else (bits.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float64)
 
 
 def _half_step(x: Array, fp16: bool) -> Array:
@@ -45,15 +22,6 @@ def _half_step(x: Array, fp16: bool) -> Array:
     exponent = np.frexp(np.abs(x))[1] - 1
     step: Array = np.ldexp(1.0, np.maximum(exponent, -14) - 11 if fp16 else exponent - 8)
     return step
-
-
-def _assert_close(got: Array, want: Array, allowed: Array | float) -> None:
-    wrong = ~(np.abs(got - want) <= allowed)  # a NaN is wrong
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.size} wrong, first at {at}: {got[at]} for {want[at]}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +43,23 @@ def _cache(
     Block 0 is all NaN, and every entry of the table without a visible key leads there. lean: what the first
     dimension of each key is moved by.
     """
-    needed = [-(-length // launch.BLOCK_TOKENS) for length in lengths]
+    needed = [-(-length // BLOCK_TOKENS) for length in lengths]
     ids = rng.permutation(np.arange(1, sum(needed) + 3, dtype=np.int32))
-    shape = (len(ids) + 1, Hk, launch.BLOCK_TOKENS, D)
+    shape = (len(ids) + 1, Hk, BLOCK_TOKENS, D)
     keys, values = np.full(shape, NAN_BITS, np.uint16), np.full(shape, NAN_BITS, np.uint16)
     table = np.zeros((len(lengths), max(needed) + 2), np.int32)
     exact, used = [], 0
     for s, (length, first) in enumerate(zip(lengths, firsts, strict=True)):
-        start = first // launch.BLOCK_TOKENS
+        start = first // BLOCK_TOKENS
         table[s, start : needed[s]] = ids[used : used + needed[s] - start]
         used += needed[s]
         both = rng.standard_normal((2, length, Hk, D)).astype(np.float32)
         both[0, ..., 0] += lean
-        bits = [_to_bits(x, fp16) for x in both]
+        bits = [to_bits(x, not fp16) for x in both]
         j = np.arange(first, length)
         for stored, source in zip((keys, values), bits, strict=True):
-            stored[table[s, j // launch.BLOCK_TOKENS], :, j % launch.BLOCK_TOKENS] = source[j]
-        exact.append((_from_bits(bits[0], fp16), _from_bits(bits[1], fp16)))
+            stored[table[s, j // BLOCK_TOKENS], :, j % BLOCK_TOKENS] = source[j]
+        exact.append((to_values(bits[0], not fp16), to_values(bits[1], not fp16)))
     return _Cache(keys, values, table, exact)
 
 
@@ -134,7 +102,7 @@ def _decode(
     got = from_operands(bits, H * D, bf16_out).reshape(q.shape).astype(np.float64)
     # Queries and weights have 16 bits or more, so scores are right to some 1e-6 of |q| |k|; the rounding of
     # the output comes on top.
-    _assert_close(got, want, _half_step(want, not bf16_out) + 1e-5 * max(size, 3.0, 50 * lean))
+    assert_close(got, want, _half_step(want, not bf16_out) + 1e-5 * max(size, 3.0, 50 * lean))
     assert not bits[np.array(lengths) == 0].any(), "an empty row is not zero"
 
 
@@ -144,11 +112,11 @@ def _run_decode(
 ) -> Array:  # fmt: skip
     S, H, _ = q.shape
     floats, counts = launch.decode_workspace(S, H, cache.keys.shape[1], splits)
-    out = _device(rt, np.full((S, H * D), NAN_BITS, np.uint16))
-    workspace = _device(rt, np.full(floats, np.nan, np.float32))
-    counters = _device(rt, np.zeros(counts, np.uint32))
+    out = upload(rt, np.full((S, H * D), NAN_BITS, np.uint16))
+    workspace = upload(rt, np.full(floats, np.nan, np.float32))
+    counters = upload(rt, np.zeros(counts, np.uint32))
     queries, keys, values, table, positions, sink = (
-        _device(rt, array)
+        upload(rt, array)
         for array in (q, cache.keys, cache.values, cache.table, np.array(lengths, np.int32) - 1, sinks)
     )
     for _ in range(runs):
@@ -191,26 +159,26 @@ def _prefill(
     q = (size * rng.standard_normal((sum(counts), H, D))).astype(np.float32)
     q[..., 0] -= 50 * lean
     sink = np.asarray(2 * rng.standard_normal(H) if sinks is None else sinks, np.float32)
-    rounded = _from_bits(_to_bits(q, kv_fp16), kv_fp16)
+    queries = rounded(q, not kv_fp16)
     ends = np.cumsum(counts)
     want = np.concatenate([
-        _attend(rounded[end - count : end], *exact, np.arange(start, start + count), sink, window)
+        _attend(queries[end - count : end], *exact, np.arange(start, start + count), sink, window)
         for exact, start, count, end in zip(cache.exact, starts, counts, ends, strict=True)
     ])  # fmt: skip
     bits = _run_prefill(rt, cache, q, sink, launch.prefill_tiles(counts, starts), window, bf16_out, kv_fp16)
     got = from_operands(bits, H * D, bf16_out).reshape(q.shape).astype(np.float64)
     # Queries are rounded as the kernel rounds them. A weight is right to 2^-9 (bf16) or 2^-12 of itself, the
     # values are up to 4, and errors add up as their squares do.
-    _assert_close(got, want, _half_step(want, not bf16_out) + (1e-3 if kv_fp16 else 6e-3))
+    assert_close(got, want, _half_step(want, not bf16_out) + (1e-3 if kv_fp16 else 6e-3))
 
 
 def _run_prefill(
     rt: Runtime, cache: _Cache, q: Array, sinks: Array, tiles: Array, window: int, bf16_out: bool = False,
     kv_fp16: bool = False,
 ) -> Array:  # fmt: skip
-    out = _device(rt, np.full((len(q), q.shape[1] * D), NAN_BITS, np.uint16))
+    out = upload(rt, np.full((len(q), q.shape[1] * D), NAN_BITS, np.uint16))
     queries, keys, values, table, where, sink = (
-        _device(rt, array) for array in (q, cache.keys, cache.values, cache.table, tiles, sinks)
+        upload(rt, array) for array in (q, cache.keys, cache.values, cache.table, tiles, sinks)
     )
     launch.attention_prefill(
         rt, queries, keys, values, table, where, sink, out,
@@ -242,10 +210,10 @@ def _rotate(rt: Runtime, H: int, Hk: int, kv_fp16: bool) -> None:
     projected = rng.standard_normal((T, H + 2 * Hk, D)).astype(np.float32)
     angle = rng.uniform(-4, 4, (T, D // 2))
     angles = (1.25 * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)).astype(np.float32)
-    keys, values = (_device(rt, np.full((blocks, Hk, 16, D), 0xCDCD, np.uint16)) for _ in range(2))
-    q = _device(rt, np.full((T, H, D), np.nan, np.float32))
+    keys, values = (upload(rt, np.full((blocks, Hk, 16, D), 0xCDCD, np.uint16)) for _ in range(2))
+    q = upload(rt, np.full((T, H, D), np.nan, np.float32))
     inputs = (projected.reshape(T, -1), angles, sequences, positions, table)
-    x, turns, owners, places, pages = (_device(rt, array) for array in inputs)
+    x, turns, owners, places, pages = (upload(rt, array) for array in inputs)
     launch.rotate_append(rt, x, turns, owners, places, pages, keys, values, q, kv_fp16=kv_fp16)
 
     low, high = np.split(projected[:, : H + Hk].astype(np.float64), 2, axis=-1)
@@ -253,14 +221,16 @@ def _rotate(rt: Runtime, H: int, Hk: int, kv_fp16: bool) -> None:
     turned = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     filled = positions >= 0
     want_q = np.where(filled[:, None, None], turned[:, :H], 0)
-    _assert_close(rt.download(q).astype(np.float64), want_q, 1e-6)  # two float32 roundings of up to 6
+    assert_close(rt.download(q).astype(np.float64), want_q, 1e-6)  # two float32 roundings of up to 6
 
     at = (table[sequences, positions // 16][filled], slice(None), (positions % 16)[filled])
     got = rt.download(keys)
     want_k = turned[filled, H:]
-    _assert_close(_from_bits(got[at], kv_fp16), want_k, _half_step(want_k, kv_fp16) + 1e-6)
+    assert_close(to_values(got[at], not kv_fp16), want_k, _half_step(want_k, kv_fp16) + 1e-6)
     stored = rt.download(values)
-    assert (stored[at] == _to_bits(projected[filled, H + Hk :], kv_fp16)).all(), "values are not just rounded"
+    assert (stored[at] == to_bits(projected[filled, H + Hk :], not kv_fp16)).all(), (
+        "values are not just rounded"
+    )
     for cache in (got, stored):
         cache[at] = 0xCDCD
         assert (cache == 0xCDCD).all(), "something else was overwritten"

@@ -1,106 +1,66 @@
 """Embedding, RMSNorm and the dense products of decode against float64 over the same rounded operands."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
+from gptoss_lite.kernels.cuda.checks.common import (
+    POISON,
+    WHOLE_ROW,
+    Array,
+    Form,
+    assert_close,
+    assert_same,
+    random_weights,
+    rounded,
+    to_values,
+    upload,
+)
 from gptoss_lite.kernels.cuda.launch import dense as launch
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM as D
 from gptoss_lite.kernels.cuda.layout import (
     Format,
     Layout,
+    from_bits,
     from_operands,
     operands,
     pack_dense,
-    pack_int8,
-    pack_mxfp4,
+    padded,
     plain_rows,
     rope_rows,
+    to_bits,
 )
-from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
 from gptoss_lite.kernels.cuda.runtime import Runtime
 from gptoss_lite.sampling import philox_uniform
 
-Array = npt.NDArray[Any]
-
-D = 64
 EPS = 1e-5
-POISON = 0xCDCD
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # What sums in float32 may lose, of the sum of magnitudes; tensor cores truncate, step by step.
 SUM_ERROR = 1e-5
 
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A form of weights: int8 groups of `group` columns, 0 for whole rows."""
-
-    format: Format
-    bf16: bool = False
-    group: int = 32
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        scale_bf16 = self.bf16 and self.format is Format.INT8
-        return Layout(self.format, rows, columns, self.group or columns, self.bf16, scale_bf16)
-
-
 KINDS = {
-    "dense fp16": _Kind(Format.DENSE),
-    "dense bf16": _Kind(Format.DENSE, bf16=True),
-    "int8 by 32": _Kind(Format.INT8),
-    "int8 by 64": _Kind(Format.INT8, group=64),
-    "int8 by 96": _Kind(Format.INT8, group=96),
-    "int8 by row": _Kind(Format.INT8, group=0),
-    "int8 by 32, bf16": _Kind(Format.INT8, bf16=True),
-    "mxfp4 fp16": _Kind(Format.MXFP4),
-    "mxfp4 bf16": _Kind(Format.MXFP4, bf16=True),
+    "dense fp16": Form(Format.DENSE),
+    "dense bf16": Form(Format.DENSE, bf16=True),
+    "int8 by 32": Form(Format.INT8),
+    "int8 by 64": Form(Format.INT8, group=64),
+    "int8 by 96": Form(Format.INT8, group=96),
+    "int8 by row": Form(Format.INT8, group=WHOLE_ROW),
+    "int8 by 32, bf16": Form(Format.INT8, bf16=True, scale_bf16=True),
+    "mxfp4 fp16": Form(Format.MXFP4),
+    "mxfp4 bf16": Form(Format.MXFP4, bf16=True),
 }
-
-
-def _device(rt: Runtime, array: Array) -> DeviceArray:
-    target = rt.empty(array.shape, array.dtype)
-    rt.upload(np.ascontiguousarray(array), target)
-    return target
 
 
 def _floats(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def _to_bits(x: Array, bf16: bool) -> Array:
-    if not bf16:
-        return x.astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def _from_bits(bits: Array, bf16: bool) -> Array:
-    values = (bits.astype(np.uint32) << 16).view(np.float32) if bf16 else bits.view(np.float16)
-    return values.astype(np.float64)
-
-
-def _weights(rng: np.random.Generator, layout: Layout, order: Array) -> tuple[Array, Array]:
-    """Draw a matrix: packed, and in natural order as float64."""
-    N, K = layout.rows, layout.columns
-    match layout.format:
-        case Format.DENSE:
-            bits = _to_bits(_floats(rng, N, K), layout.bf16)
-            return pack_dense(layout, bits[None], order)[0], _from_bits(bits, layout.bf16)
-        case Format.INT8:
-            codes = rng.integers(-127, 128, (N, K)).astype(np.int8)
-            groups = -(-K // layout.group)
-            scales = _to_bits(rng.uniform(0.005, 0.02, (N, groups)), layout.scale_bf16)
-            wide = _from_bits(scales, layout.scale_bf16).repeat(layout.group, axis=1)[:, :K]
-            return pack_int8(layout, codes[None], scales[None], order)[0], codes * wide
-    blocks = rng.integers(0, 256, (N, K // 32, 16)).astype(np.uint8)
-    exponents = rng.integers(122, 128, (N, K // 32)).astype(np.uint8)
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(N, K)
-    values = np.where(codes & 8, -1, 1) * E2M1[codes & 7]
-    natural = values * np.exp2(exponents.astype(np.float64) - 127).repeat(32, axis=1)
-    return pack_mxfp4(layout, blocks[None], exponents[None], order)[0], natural
+def _weights(
+    rng: np.random.Generator, form: Form, shape: tuple[int, int], order: Array
+) -> tuple[Layout, Array, Array]:
+    """Make a matrix: its layout, packed, and in natural order as float64."""
+    packed, values = random_weights(rng, form, (1, *shape), order)
+    return form.layout(*shape), packed[0], values[0]
 
 
 def _product(x: Array, w: Array, layout: Layout, flips: int = 0) -> tuple[Array, Array]:
@@ -108,10 +68,7 @@ def _product(x: Array, w: Array, layout: Layout, flips: int = 0) -> tuple[Array,
 
     flips: how many operands may be one step from those in x, as their float32 values were near a tie.
     """
-    sums = np.abs(x) @ np.abs(w).T
-    allowed = SUM_ERROR * sums
-    if layout.format is Format.INT8 and layout.bf16:
-        allowed = allowed + 2.0**-8 * sums / np.sqrt(x.shape[1]) * 6  # code * scale is rounded to 8 bits
+    allowed = SUM_ERROR * (np.abs(x) @ np.abs(w).T)
     if flips:
         largest = np.abs(x).max(axis=1)[:, None] * np.abs(w).max(axis=1)
         allowed = allowed + flips * largest * (2.0**-7 if layout.bf16 else 2.0**-10)
@@ -124,45 +81,28 @@ def _normalised(x: Array, weight: Array) -> Array:
     return y
 
 
-def _rounded(x: Array, bf16: bool) -> Array:
-    return from_operands(operands(x.astype(np.float32), bf16), x.shape[1], bf16).astype(np.float64)
-
-
-def _assert_close(got: Array, want: Array, allowed: Array | float) -> None:
-    wrong = ~(np.abs(got - want) <= allowed)  # a NaN is wrong
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.size} wrong, first at {at}: {got[at]} for {want[at]}"
-        )
-
-
-def _assert_same(got: Array, want: Array) -> None:
-    assert got.tobytes() == want.tobytes(), "not the same bits"
-
-
 def _embed(rt: Runtime, hidden: int, form: str) -> None:
     rng = np.random.default_rng(hidden)
     values = _floats(rng, 50, hidden)
-    bits = values if form == "float32" else _to_bits(values, form == "bf16")
-    natural = values if form == "float32" else _from_bits(bits, form == "bf16").astype(np.float32)
+    bits = values if form == "float32" else to_bits(values, form == "bf16")
+    natural = values if form == "float32" else from_bits(bits, form == "bf16")
     table = rt.pinned(bits.shape, bits.dtype)
     table[...] = bits
     positions = np.array([0, 1, -1, 4095, 131071, 77], np.int32)
     tokens, drawn = np.array([49, 0, -99, 7, -2, -1], np.int32), np.array([3, 48], np.int32)
     meant = np.array([49, 0, 0, 7, 48, 3])  # -1 - r is drawn[r]; what an empty row holds is not looked at
     inv_freq = (150000.0 ** (-np.arange(32) / 32)).astype(np.float32)
-    x, angles = _device(rt, _nans(6, hidden)), _device(rt, _nans(6, D))
+    x, angles = upload(rt, _nans(6, hidden)), upload(rt, _nans(6, D))
     launch.embed(
-        rt, table, _device(rt, tokens), _device(rt, drawn), _device(rt, positions), _device(rt, inv_freq), x,
+        rt, table, upload(rt, tokens), upload(rt, drawn), upload(rt, positions), upload(rt, inv_freq), x,
         angles, concentration=1.25, fp16=form == "fp16",
     )  # fmt: skip
     full = positions >= 0
-    _assert_same(rt.download(x), np.where(full[:, None], natural[meant], np.float32(0)))
+    assert_same(rt.download(x), np.where(full[:, None], natural[meant], np.float32(0)))
     product = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)
     want = np.concatenate([np.cos(product), np.sin(product)], axis=1) * 1.25 * full[:, None]
     # Half a step of float32 above 1, and what the polynomials leave out.
-    _assert_close(rt.download(angles), want, 2.0**-24 + 1e-10)
+    assert_close(rt.download(angles), want, 2.0**-24 + 1e-10)
 
 
 def _nans(*shape: int) -> Array:
@@ -177,40 +117,38 @@ def _rms_norm(rt: Runtime, hidden: int, bf16: bool) -> None:
     x[3] = 0
     step = 2.0**-8 if bf16 else 2.0**-11
     gathered = np.array([4, 0, 0, 2], np.int32)
-    padded = -(-hidden // 64) * 64
+    length = padded(hidden)
     results = []
     for rows in None, gathered:
-        out = _device(rt, np.full((5 if rows is None else 4, padded), POISON, np.uint16))
-        on_device = None if rows is None else _device(rt, rows)
-        arrays = _device(rt, x), on_device, _device(rt, weight), out
-        launch.rms_norm(rt, *arrays, eps=EPS, bf16=bf16)
+        out = upload(rt, np.full((5 if rows is None else 4, length), POISON, np.uint16))
+        on_device = None if rows is None else upload(rt, rows)
+        launch.rms_norm(rt, upload(rt, x), on_device, upload(rt, weight), out, eps=EPS, bf16=bf16)
         results.append(rt.download(out))
     want = _normalised(x, weight)
     got = from_operands(results[0], hidden, bf16)
     # Half a step of the operand, a few of float32, and fp16's subnormals.
-    _assert_close(got, want, np.abs(want) * step * 1.001 + 2.0**-25)
-    assert not from_operands(results[0], padded, bf16)[:, hidden:].any(), "padding is not zero"
-    _assert_same(results[1], results[0][gathered])
+    assert_close(got, want, np.abs(want) * step * 1.001 + 2.0**-25)
+    assert not from_operands(results[0], length, bf16)[:, hidden:].any(), "padding is not zero"
+    assert_same(results[1], results[0][gathered])
 
 
 def _out_proj(rt: Runtime, kind: str, hidden: int, columns: int, batch: int) -> None:
     rng = np.random.default_rng(columns + batch)
-    layout = KINDS[kind].layout(hidden, columns)
-    packed, w = _weights(rng, layout, plain_rows(hidden))
+    layout, packed, w = _weights(rng, KINDS[kind], (hidden, columns), plain_rows(hidden))
     a = operands(_floats(rng, batch, columns), layout.bf16)
     bias, x = _floats(rng, hidden), _floats(rng, batch, hidden)
-    on_device = _device(rt, packed), _device(rt, bias)
+    on_device = upload(rt, packed), upload(rt, bias)
 
     def run(rows: slice) -> Array:
-        out = _device(rt, x[rows])
-        launch.out_proj_decode(rt, _device(rt, a[rows]), on_device[0], layout, on_device[1], out)
+        out = upload(rt, x[rows])
+        launch.out_proj_decode(rt, upload(rt, a[rows]), on_device[0], layout, on_device[1], out)
         return rt.download(out)
 
     got = run(slice(None))
     product, allowed = _product(from_operands(a, columns, layout.bf16).astype(np.float64), w, layout)
     want = x + product + bias
-    _assert_close(got, want, allowed + 1e-6 * (np.abs(x) + np.abs(bias) + np.abs(want)))
-    _assert_same(run(slice(batch - 1, batch)), got[-1:])
+    assert_close(got, want, allowed + 1e-6 * (np.abs(x) + np.abs(bias) + np.abs(want)))
+    assert_same(run(slice(batch - 1, batch)), got[-1:])
 
 
 def _qkv(
@@ -218,8 +156,7 @@ def _qkv(
 ) -> None:
     rng = np.random.default_rng(hidden + batch)
     every = heads + 2 * key_heads
-    layout = KINDS[kind].layout(every * D, hidden)
-    packed, w = _weights(rng, layout, rope_rows(every, D))
+    layout, packed, w = _weights(rng, KINDS[kind], (every * D, hidden), rope_rows(every, D))
     x, weight, bias = _floats(rng, batch, hidden), _floats(rng, hidden), _floats(rng, every * D)
     angle = rng.uniform(0, 6, (batch, D // 2))
     angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
@@ -232,19 +169,19 @@ def _qkv(
     shape = blocks, key_heads, 16, D
 
     def run(rows: slice) -> tuple[Array, Array, Array]:
-        keys, values = (_device(rt, np.full(shape, POISON, np.uint16)) for _ in range(2))
+        keys, values = (upload(rt, np.full(shape, POISON, np.uint16)) for _ in range(2))
         n = len(positions[rows])
-        q = _device(rt, _nans(n, heads, D))
+        q = upload(rt, _nans(n, heads, D))
         launch.qkv_decode(
-            rt, _device(rt, x[rows]), _device(rt, weight), _device(rt, packed), layout, _device(rt, bias),
-            _device(rt, angles[rows]), _device(rt, positions[rows]), _device(rt, table[rows]), keys, values,
+            rt, upload(rt, x[rows]), upload(rt, weight), upload(rt, packed), layout, upload(rt, bias),
+            upload(rt, angles[rows]), upload(rt, positions[rows]), upload(rt, table[rows]), keys, values,
             q, eps=EPS, kv_fp16=kv_fp16,
         )  # fmt: skip
         return rt.download(q), rt.download(keys), rt.download(values)
 
     q, keys, values = run(slice(None))
     full = positions >= 0
-    normalised = _rounded(_normalised(np.where(full[:, None], x, 0), weight), layout.bf16)
+    normalised = rounded(_normalised(np.where(full[:, None], x, 0), weight), layout.bf16)
     product, allowed = _product(normalised, w, layout, flips=4)
     product = (product + bias).reshape(batch, every, D)
     allowed = (allowed + 1e-6).reshape(batch, every, D)
@@ -259,47 +196,46 @@ def _qkv(
         axis=1,
     )
     want[:, heads + key_heads :] = product[:, heads + key_heads :]
-    _assert_close(q, want[:, :heads] * full[:, None, None], allowed[:, :heads])
+    assert_close(q, want[:, :heads] * full[:, None, None], allowed[:, :heads])
     rows = np.flatnonzero(full)
     at = table[rows, positions[rows] // 16], slice(None), positions[rows] % 16
     for cache, first in (keys, heads), (values, heads + key_heads):
         part = want[rows, first : first + key_heads]
         half_step = np.abs(part) * (2.0**-11 if kv_fp16 else 2.0**-8)
         tolerance = allowed[rows, first : first + key_heads] + half_step * 1.01 + 2.0**-25
-        _assert_close(_from_bits(cache[at], not kv_fp16), part, tolerance)
+        assert_close(to_values(cache[at], not kv_fp16), part, tolerance)
         untouched = cache.copy()
         untouched[at] = POISON
         assert (untouched == POISON).all(), "a slot was written that is nobody's"
     alone = run(slice(batch - 1, batch))
-    _assert_same(alone[0], q[-1:])
+    assert_same(alone[0], q[-1:])
     slot = table[-1, positions[-1] // 16], slice(None), positions[-1] % 16
-    _assert_same(alone[1][slot], keys[slot])
-    _assert_same(alone[2][slot], values[slot])
+    assert_same(alone[1][slot], keys[slot])
+    assert_same(alone[2][slot], values[slot])
 
 
 def _lm_head(rt: Runtime, kind: str, hidden: int, batch: int, vocab: int = 333) -> None:
     rng = np.random.default_rng(hidden + batch)
-    layout = KINDS[kind].layout(vocab, hidden)
-    packed, w = _weights(rng, layout, plain_rows(vocab))
+    layout, packed, w = _weights(rng, KINDS[kind], (vocab, hidden), plain_rows(vocab))
     x, weight = _floats(rng, batch + 2, hidden), _floats(rng, hidden)
     rows = rng.permutation(batch + 2)[:batch].astype(np.int32)
     if batch > 1:
         rows[1] = -1
 
     def run(rows: Array) -> Array:
-        logits = _device(rt, _nans(len(rows), vocab))
+        logits = upload(rt, _nans(len(rows), vocab))
         launch.lm_head_decode(
-            rt, _device(rt, x), _device(rt, rows), _device(rt, weight), _device(rt, packed), layout, logits,
+            rt, upload(rt, x), upload(rt, rows), upload(rt, weight), upload(rt, packed), layout, logits,
             None, eps=EPS,
         )  # fmt: skip
         return rt.download(logits)
 
     logits = run(rows)
     full = rows >= 0
-    normalised = _rounded(_normalised(x[rows], weight), layout.bf16) * full[:, None]
+    normalised = rounded(_normalised(x[rows], weight), layout.bf16) * full[:, None]
     product, allowed = _product(normalised, w, layout, flips=4)
-    _assert_close(logits, product, allowed)
-    _assert_same(run(rows[-1:]), logits[-1:])
+    assert_close(logits, product, allowed)
+    assert_same(run(rows[-1:]), logits[-1:])
 
 
 def _draw(rt: Runtime, batch: int, vocab: int) -> None:
@@ -315,13 +251,12 @@ def _draw(rt: Runtime, batch: int, vocab: int) -> None:
     if batch > 2:
         rows[2] = -1
     seed = rng.integers(0, 2**63, batch).astype(np.uint64) * np.uint64(2)
-    choice, positions = rng.integers(0, 4, batch), rng.integers(0, 131072, batch)
-    choice, positions = choice.astype(np.int32), positions.astype(np.int32)
-    logits, best = _device(rt, _nans(batch, vocab)), _device(rt, np.zeros(batch, np.uint64))
+    choice, positions = (rng.integers(0, most, batch, np.int32) for most in (4, 131072))
+    logits, best = upload(rt, _nans(batch, vocab)), upload(rt, np.zeros(batch, np.uint64))
     launch.lm_head_decode(
-        rt, _device(rt, x), _device(rt, rows), _device(rt, np.ones(96, np.float32)), _device(rt, packed),
-        layout, logits, best, _device(rt, temperature), _device(rt, seed), _device(rt, choice),
-        _device(rt, positions), eps=EPS,
+        rt, upload(rt, x), upload(rt, rows), upload(rt, np.ones(96, np.float32)), upload(rt, packed),
+        layout, logits, best, upload(rt, temperature), upload(rt, seed), upload(rt, choice),
+        upload(rt, positions), eps=EPS,
     )  # fmt: skip
     keys, scores = rt.download(best), rt.download(logits).astype(np.float64)
     tokens = (~keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
@@ -339,13 +274,12 @@ def _draw(rt: Runtime, batch: int, vocab: int) -> None:
 
 def _draw_without_logits(rt: Runtime) -> None:
     rng = np.random.default_rng(1)
-    layout = KINDS["dense fp16"].layout(40, 32)
-    packed, w = _weights(rng, layout, plain_rows(40))
+    layout, packed, w = _weights(rng, KINDS["dense fp16"], (40, 32), plain_rows(40))
     x = _floats(rng, 1, 32)
-    best = _device(rt, np.zeros(1, np.uint64))
-    zero, seed, temperature = (_device(rt, np.zeros(1, kind)) for kind in (np.int32, np.uint64, np.float32))
+    best = upload(rt, np.zeros(1, np.uint64))
+    zero, seed, temperature = (upload(rt, np.zeros(1, kind)) for kind in (np.int32, np.uint64, np.float32))
     launch.lm_head_decode(
-        rt, _device(rt, x), zero, _device(rt, np.ones(32, np.float32)), _device(rt, packed), layout, None,
+        rt, upload(rt, x), zero, upload(rt, np.ones(32, np.float32)), upload(rt, packed), layout, None,
         best, temperature, seed, zero, zero, eps=EPS,
     )  # fmt: skip
     token = int(~rt.download(best)[0] & np.uint64(0xFFFFFFFF))
@@ -365,14 +299,8 @@ CHECKS: dict[str, Check] = {
         f"out_proj, {kind}, ({hidden}, {columns}), batch {batch}": partial(
             _out_proj, kind=kind, hidden=hidden, columns=columns, batch=batch
         )
-        for kind in KINDS
-        for hidden, columns, batch in ((96, 192, 3), (160, 64, 9))
-    },
-    **{
-        f"out_proj, {kind}, ({hidden}, {columns}), batch {batch}": partial(
-            _out_proj, kind=kind, hidden=hidden, columns=columns, batch=batch
-        )
         for kind, hidden, columns, batch in (
+            *((kind, *shape) for kind in KINDS for shape in ((96, 192, 3), (160, 64, 9))),
             ("dense fp16", 32, 4096, 1),
             ("dense bf16", 32, 2112, 17),
             ("int8 by 32", 32, 3136, 8),
@@ -382,12 +310,8 @@ CHECKS: dict[str, Check] = {
     },
     **{
         f"qkv, {kind}, hidden {hidden}, batch {batch}": partial(_qkv, kind=kind, hidden=hidden, batch=batch)
-        for kind in KINDS
-        for hidden, batch in ((160, 3), (96, 9))
-    },
-    **{
-        f"qkv, {kind}, hidden {hidden}, batch {batch}": partial(_qkv, kind=kind, hidden=hidden, batch=batch)
         for kind, hidden, batch in (
+            *((kind, *shape) for kind in KINDS for shape in ((160, 3), (96, 9))),
             ("dense fp16", 2880, 2),
             ("dense bf16", 32, 17),
             ("mxfp4 fp16", 2880, 1),

@@ -1,19 +1,27 @@
 """The experts in decode against float64, over operands and weights as rounded as the kernels have them."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
-from gptoss_lite.kernels.cuda.checks.weights import (
+from gptoss_lite.kernels.cuda.checks.common import (
     FORMS,
+    LIMIT,
+    POISON,
+    Array,
     Form,
+    Groups,
+    assert_close,
+    choose,
+    group,
     mxfp4_values,
+    product,
     random_weights,
+    swiglu,
     upload,
+    upload_experts,
 )
 from gptoss_lite.kernels.cuda.launch import moe as launch
 from gptoss_lite.kernels.cuda.layout import (
@@ -26,146 +34,60 @@ from gptoss_lite.kernels.cuda.layout import (
     gate_up_rows,
     operands,
     pack_mxfp4,
+    padded,
     plain_rows,
 )
-from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
 from gptoss_lite.kernels.cuda.runtime import Runtime
 
-Array = npt.NDArray[Any]
-
-_POISON = 0xCDCD  # of operands: a plain number in fp16 and in bf16
-_LIMIT = 7.0
+_PARTIAL_SUMS = 8  # that a result is added up from, at most
 
 
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """Pairs (token, choice) sorted by expert, then by token, in tiles; past their count lies poison."""
-
-    order: Array
-    expert: Array
-    start: Array
-    rows: Array
-    count: Array
-    place: Array
-
-    def upload(self, rt: Runtime) -> tuple[DeviceArray, DeviceArray, DeviceArray, DeviceArray, DeviceArray]:
-        """Upload the grouping arrays."""
-        device = partial(upload, rt)
-        return (
-            device(self.order), device(self.expert), device(self.start), device(self.rows),
-            device(self.count),
-        )  # fmt: skip
-
-
-def _group(ids: Array, E: int) -> _Groups:
-    T, k = ids.shape
-    order, place = np.full(T * k, 1 << 30, np.int32), np.full((T, k), -1, np.int32)
-    tiles: list[tuple[int, int, int]] = []
-    used = 0
-    for e in range(E):
-        tokens, choices = np.nonzero(ids == e)
-        order[used : used + len(tokens)] = tokens
-        place[tokens, choices] = used + np.arange(len(tokens))
-        for first in range(0, len(tokens), launch.TOKENS):
-            tiles.append((e, used + first, min(launch.TOKENS, len(tokens) - first)))
-        used += len(tokens)
-    grouped = np.full((3, len(tiles) + 3), 1 << 30, np.int32)  # three blocks too many
-    grouped[:, : len(tiles)] = np.array(tiles, np.int32).reshape(-1, 3).T
-    expert, start, rows = grouped
-    return _Groups(order, expert, start, rows, np.array([len(tiles)], np.int32), place)
-
-
-def _one_token(ids: Array) -> _Groups:
+def _one_token(ids: Array) -> Groups:
     """Group a single token as the engine does, which has nothing to sort: a tile for each choice."""
     numbers = np.arange(ids.size, dtype=np.int32)
     zeros, ones = np.zeros_like(numbers), np.ones_like(numbers)
-    return _Groups(
-        zeros, ids.reshape(-1), numbers, ones, np.array([ids.size], np.int32), numbers.reshape(1, -1)
+    return Groups(
+        zeros, numbers.reshape(1, -1), ids.reshape(-1), numbers, ones, np.array([ids.size], np.int32)
     )
-
-
-def _ids(rng: np.random.Generator, T: int, k: int, E: int) -> Array:
-    """Choose experts int32 (T, k), some much more often than others; a token of several is skipped."""
-    odds = 1.0 / (1 + np.arange(E))
-    ids = np.array([rng.choice(E, k, replace=False, p=odds / odds.sum()) for _ in range(T)], np.int32)
-    if T > 1:
-        ids[T // 2] = -1
-    return ids
-
-
-def _table(rt: Runtime, packed: Array, ids: Array) -> tuple[DeviceArray, list[DeviceArray]]:
-    """Upload each expert to a place of its own, one of them to the host -> pointer table, what it points to.
-
-    Experts without a token have no address.
-    """
-    kept: list[DeviceArray] = []
-    table = np.zeros(len(packed), np.uint64)
-    for e in sorted({int(e) for e in ids.flat if e >= 0}, reverse=True):
-        if kept:
-            kept.append(upload(rt, packed[e]))
-        else:
-            kept.append(rt.pinned(packed[e].shape, np.uint8))
-            kept[0][:] = packed[e]
-        table[e] = rt.address(kept[-1])
-    return upload(rt, table), kept
-
-
-def _product(x: Array, w: Array) -> tuple[Array, Array]:
-    """Multiply (T, K) with (N, K) in float64 -> the product, and how far the kernel's float32 may be from it.
-
-    Tensor cores add in float32, some by cutting digits off: for each 16 columns, at most 2^-22 of what the
-    magnitudes add up to.
-    """
-    return x @ w.T, (2.0**-22 * (x.shape[1] / 16 + 8)) * (np.abs(x) @ np.abs(w).T) + 1e-9
-
-
-def _assert_close(got: Array, want: Array, allowed: Array) -> None:
-    wrong = ~(np.abs(got - want) <= allowed)  # a NaN is wrong
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.size} wrong, first at {at}: {got[at]} for {want[at]}"
-        )
 
 
 def _gate_up(
     rt: Runtime, form: Form, T: int, k: int, E: int, hidden: int, inner: int, bf16_out: bool
 ) -> None:
     rng = np.random.default_rng(T + hidden + inner)
-    order, ids = gate_up_rows(inner), _ids(rng, T, k, E)
+    order, ids = gate_up_rows(inner), choose(rng, T, k, E)
     packed, weights = random_weights(rng, form, (E, 2 * inner, hidden), order)
-    groups = _one_token(ids) if T == 1 else _group(ids, E)
-    table, kept = _table(rt, packed, ids)
+    groups = _one_token(ids) if T == 1 else group(ids, E, launch.TOKENS)
+    table, kept = upload_experts(rt, packed, groups)
     bits = operands(4 * rng.standard_normal((T, hidden)).astype(np.float32), form.bf16)
     bias = (4 * rng.standard_normal((E, 2 * inner))).astype(np.float32)
-    out = upload(rt, np.full((T * k, -(-inner // CHUNK) * CHUNK), _POISON, np.uint16))
+    out = upload(rt, np.full((T * k, padded(inner)), POISON, np.uint16))
     launch.gate_up_decode(
-        rt, upload(rt, bits), table, form.layout(len(order), hidden), upload(rt, bias), *groups.upload(rt),
-        out, limit=_LIMIT, bf16_out=bf16_out,
+        rt, upload(rt, bits), table, form.layout(len(order), hidden), upload(rt, bias),
+        upload(rt, groups.order), *groups.tiles(rt), out, limit=LIMIT, bf16_out=bf16_out,
     )  # fmt: skip
     got = rt.download(out)
     del kept
     h = from_operands(bits, hidden, form.bf16).astype(np.float64)
     for token, choice in zip(*np.nonzero(ids >= 0), strict=True):
         e, place = ids[token, choice], groups.place[token, choice]
-        product, error = _product(h[token : token + 1], weights[e])
-        gate, up = np.split((product[0] + bias[e]).reshape(-1, 2).T, 2)
-        gate, up = np.minimum(gate[0], _LIMIT), np.clip(up[0], -_LIMIT, _LIMIT)
-        want = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        sums, error = product(h[token : token + 1], weights[e], _PARTIAL_SUMS)
+        gate, up = np.split((sums[0] + bias[e]).reshape(-1, 2).T, 2)
+        want = swiglu(gate[0], up[0])
         # SwiGLU has slopes up to 9: 1.1 * (limit + 1) for the gate, limit for up. Then the result is rounded.
         allowed = (
             9 * error[0].reshape(-1, 2).sum(1) + np.abs(want) * 2.0 ** (-8 if bf16_out else -10) + 2.0**-20
         )
         row = from_operands(got[place : place + 1], got.shape[1], bf16_out)[0]
-        _assert_close(row[:inner], want, allowed)
+        assert_close(row[:inner], want, allowed)
         np.testing.assert_array_equal(row[inner:], 0)  # padding
     unused = np.setdiff1d(np.arange(T * k), groups.place[ids >= 0])
-    np.testing.assert_array_equal(got[unused], _POISON)
+    np.testing.assert_array_equal(got[unused], POISON)
 
 
 def _down(rt: Runtime, form: Form, T: int, k: int, E: int, hidden: int, inner: int) -> None:
     rng = np.random.default_rng(T + hidden + inner)
-    ids = _ids(rng, T, k, E)
+    ids = choose(rng, T, k, E)
     packed, weights = random_weights(rng, form, (E, hidden, inner), plain_rows(hidden))
     _run_down(rt, rng, form.layout(hidden, inner), packed, weights, ids)
 
@@ -175,8 +97,8 @@ def _run_down(
     size: float = 1.0,
 ) -> None:  # fmt: skip
     (T, k), (E, hidden, inner), bf16 = ids.shape, weights.shape, layout.bf16
-    groups = _one_token(ids) if T == 1 else _group(ids, E)
-    table, kept = _table(rt, packed, ids)
+    groups = _one_token(ids) if T == 1 else group(ids, E, launch.TOKENS)
+    table, kept = upload_experts(rt, packed, groups)
     values = (size * rng.standard_normal((T * k, inner))).astype(np.float32)
     bits = operands(values, bf16)
     unused = np.setdiff1d(np.arange(T * k), groups.place[ids >= 0])
@@ -186,21 +108,20 @@ def _run_down(
     before = rng.standard_normal((T, hidden)).astype(np.float32)
     x = upload(rt, before)
     launch.down_decode(
-        rt, upload(rt, bits), table, layout, upload(rt, bias), *groups.upload(rt), upload(rt, groups.place),
-        upload(rt, shares), x,
+        rt, upload(rt, bits), table, layout, upload(rt, bias), *groups.tiles(rt),
+        upload(rt, groups.place), upload(rt, shares), x,
     )  # fmt: skip
     got = rt.download(x)
     del kept
     want, allowed = before.astype(np.float64), np.zeros(before.shape)
     for token, choice in zip(*np.nonzero(ids >= 0), strict=True):
         e, place = ids[token, choice], groups.place[token, choice]
-        product, error = _product(
-            from_operands(bits[place : place + 1], inner, bf16).astype(np.float64), weights[e]
-        )
-        want[token] += shares[token, choice] * (product[0] + bias[e])
+        row = from_operands(bits[place : place + 1], inner, bf16).astype(np.float64)
+        sums, error = product(row, weights[e], _PARTIAL_SUMS)
+        want[token] += shares[token, choice] * (sums[0] + bias[e])
         # Adding the bias, weighing and adding to the others: each within half a step of what there is.
-        allowed[token] += error[0] + 2.0**-22 * (np.abs(product[0]) + np.abs(bias[e]) + 1)
-    _assert_close(got, want, allowed + 2.0**-22 * np.abs(before))
+        allowed[token] += error[0] + 2.0**-22 * (np.abs(sums[0]) + np.abs(bias[e]) + 1)
+    assert_close(got, want, allowed + 2.0**-22 * np.abs(before))
     np.testing.assert_array_equal(got[ids[:, 0] < 0], before[ids[:, 0] < 0])
 
 
@@ -236,18 +157,18 @@ def _alone(rt: Runtime, form: Form) -> None:
 
     def run(rows: slice) -> Array:
         count = len(ids[rows])
-        groups = _one_token(ids[rows]) if count == 1 else _group(ids[rows], E)
-        arrays = groups.upload(rt)
-        table, kept = _table(rt, packed, ids[rows])
-        out = upload(rt, np.full((count * k, 2 * CHUNK), _POISON, np.uint16))
+        groups = _one_token(ids[rows]) if count == 1 else group(ids[rows], E, launch.TOKENS)
+        order, tiles = upload(rt, groups.order), groups.tiles(rt)
+        table, kept = upload_experts(rt, packed, groups)
+        out = upload(rt, np.full((count * k, 2 * CHUNK), POISON, np.uint16))
         launch.gate_up_decode(
-            rt, upload(rt, bits[rows]), table, form.layout(len(gate_up_rows(inner)), hidden), bias, *arrays,
-            out, limit=_LIMIT, bf16_out=form.bf16,
+            rt, upload(rt, bits[rows]), table, form.layout(len(gate_up_rows(inner)), hidden), bias, order,
+            *tiles, out, limit=LIMIT, bf16_out=form.bf16,
         )  # fmt: skip
-        table, down_kept = _table(rt, down_packed, ids[rows])
+        table, down_kept = upload_experts(rt, down_packed, groups)
         x = upload(rt, before[rows])
         launch.down_decode(
-            rt, out, table, form.layout(hidden, inner), down_bias, *arrays, upload(rt, groups.place),
+            rt, out, table, form.layout(hidden, inner), down_bias, *tiles, upload(rt, groups.place),
             upload(rt, shares[rows]), x,
         )  # fmt: skip
         result = rt.download(x)
@@ -265,18 +186,18 @@ def _nobody(rt: Runtime) -> None:
     ids = np.full((1, 4), -1, np.int32)
     groups = _one_token(ids)
     table = upload(rt, np.zeros(4, np.uint64))
-    out = upload(rt, np.full((4, inner), _POISON, np.uint16))
+    out = upload(rt, np.full((4, inner), POISON, np.uint16))
     x = upload(rt, np.ones((1, hidden), np.float32))
-    arrays = groups.upload(rt)
+    order, tiles = upload(rt, groups.order), groups.tiles(rt)
     launch.gate_up_decode(
         rt, upload(rt, np.zeros((1, hidden), np.uint16)), table, Layout(Format.MXFP4, 2 * inner, hidden),
-        upload(rt, np.zeros((4, 2 * inner), np.float32)), *arrays, out, limit=_LIMIT, bf16_out=False,
+        upload(rt, np.zeros((4, 2 * inner), np.float32)), order, *tiles, out, limit=LIMIT, bf16_out=False,
     )  # fmt: skip
     launch.down_decode(
         rt, out, table, Layout(Format.MXFP4, hidden, inner), upload(rt, np.ones((4, hidden), np.float32)),
-        *arrays, upload(rt, groups.place), upload(rt, np.ones((1, 4), np.float32)), x,
+        *tiles, upload(rt, groups.place), upload(rt, np.ones((1, 4), np.float32)), x,
     )  # fmt: skip
-    np.testing.assert_array_equal(rt.download(out), _POISON)
+    np.testing.assert_array_equal(rt.download(out), POISON)
     np.testing.assert_array_equal(rt.download(x), 1)
 
 

@@ -1,41 +1,24 @@
 """The router and the sorting of its choices, against float64 and against NumPy's stable sort."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
+from gptoss_lite.kernels.cuda.checks.common import Array, upload
 from gptoss_lite.kernels.cuda.launch import routing as launch
-from gptoss_lite.kernels.cuda.layout import from_operands
+from gptoss_lite.kernels.cuda.layout import from_bits, from_operands, padded, to_bits
 from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
 from gptoss_lite.kernels.cuda.runtime import Runtime
-
-Array = npt.NDArray[Any]
 
 _EPS = 1e-5
 _POISON = 0xCD
 
 
-def _device(rt: Runtime, array: Array) -> DeviceArray:
-    target = rt.empty(array.shape, array.dtype)
-    rt.upload(np.ascontiguousarray(array), target)
-    return target
-
-
 def _poisoned(rt: Runtime, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
     items = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return _device(rt, np.full(items, _POISON, np.uint8).view(dtype).reshape(shape))
-
-
-def _bf16(x: Array) -> Array:
-    """Round float32 to bf16 by cutting: any bf16 numbers do."""
-    return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def _widen(bits: Array) -> Array:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    return upload(rt, np.full(items, _POISON, np.uint8).view(dtype).reshape(shape))
 
 
 def _route(
@@ -50,13 +33,13 @@ def _route(
 ) -> tuple[Array, Array, Array, Array]:
     """Launch -> h (operands), ids, weights, logits."""
     T, hidden = x.shape
-    h = _poisoned(rt, (T, -(-hidden // 64) * 64), np.uint16)
+    h = _poisoned(rt, (T, padded(hidden)), np.uint16)
     ids, weights = _poisoned(rt, (T, k), np.int32), _poisoned(rt, (T, k), np.float32)
     shape, count = launch.route_workspace(T, len(router))
-    logits, counters = _poisoned(rt, shape, np.float32), _device(rt, np.zeros(count, np.uint32))
+    logits, counters = _poisoned(rt, shape, np.float32), upload(rt, np.zeros(count, np.uint32))
     launch.route(
-        rt, _device(rt, x), _device(rt, norm_weight), _device(rt, router), _device(rt, bias),
-        _device(rt, positions), h, ids, weights, logits, counters, eps=_EPS, bf16=bf16,
+        rt, upload(rt, x), upload(rt, norm_weight), upload(rt, router), upload(rt, bias),
+        upload(rt, positions), h, ids, weights, logits, counters, eps=_EPS, bf16=bf16,
     )  # fmt: skip
     assert not rt.download(counters).any(), "the counters are not zero afterwards"
     return rt.download(h), rt.download(ids), rt.download(weights), rt.download(logits)
@@ -75,7 +58,7 @@ def _check_route(
     if empty:
         positions[::2] = -1
         x[::2] = np.nan
-    stored = router if f32 else _bf16(router)
+    stored = router if f32 else to_bits(router, True)
     h, ids, weights, logits = _route(rt, x, norm_weight, stored, bias, positions, k, bf16)
 
     used = positions >= 0
@@ -88,7 +71,7 @@ def _check_route(
     relative = (2.0**-8 if bf16 else 2.0**-11) + 1e-6
     assert (np.abs(from_operands(h, hidden, bf16) - exact) <= relative * np.abs(exact) + 2.0**-25).all(), "h"
 
-    wide = (router if f32 else _widen(stored)).astype(np.float64)
+    wide = (router if f32 else from_bits(stored, True)).astype(np.float64)
     want = exact @ wide.T + bias
     # float32 sums of `hidden` products in a tree: a few roundings of the sum of their sizes.
     allowed = 4e-7 * (np.abs(exact) @ np.abs(wide).T + np.abs(bias))
@@ -122,7 +105,7 @@ def _check_alone(rt: Runtime) -> None:
     T, hidden, experts, k = 257, 96, 40, 4
     rng = np.random.default_rng(0)
     x = rng.normal(size=(T, hidden)).astype(np.float32)
-    router = _bf16(rng.normal(size=(experts, hidden)))
+    router = to_bits(rng.normal(size=(experts, hidden)), True)
     bias, norm_weight = (rng.normal(size=n).astype(np.float32) for n in (experts, hidden))
     positions = np.zeros(T, np.int32)
     everything = _route(rt, x, norm_weight, router, bias, positions, k, False)
@@ -146,7 +129,7 @@ def _check_group(rt: Runtime, T: int, k: int, experts: int, tile: int, kind: str
     tile_expert, tile_start, tile_rows = (_poisoned(rt, (n,), np.int32) for _ in range(3))
     count = _poisoned(rt, (1,), np.int32)
     launch.group(
-        rt, _device(rt, ids), order, place, tile_expert, tile_start, tile_rows, count,
+        rt, upload(rt, ids), order, place, tile_expert, tile_start, tile_rows, count,
         experts=experts, tile=tile,
     )  # fmt: skip
 

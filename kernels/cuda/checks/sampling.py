@@ -3,29 +3,19 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
+from gptoss_lite.kernels.cuda.checks.common import Array, upload
 from gptoss_lite.kernels.cuda.launch import sampling as launch
-from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
 from gptoss_lite.kernels.cuda.runtime import Runtime
 from gptoss_lite.sampling import SamplingParams, gumbel_argmax, keep, philox_uniform
-
-Array = npt.NDArray[Any]
 
 _POISON = 0xCDCDCDCD
 _NONE, _NOT_FINITE = 0, 2**64 - 1  # philox.cuh's keys for rows without a winner
 _MASS = 4e-6  # how far float32 sums of probabilities may be from float64's
 _SCORE = 1e-5  # and scores of about 10: logit / temperature and two logarithms, each rounded
-
-
-def _device(rt: Runtime, array: Array) -> DeviceArray:
-    target = rt.empty(array.shape, array.dtype)
-    rt.upload(np.ascontiguousarray(array), target)
-    return target
 
 
 def _draw(
@@ -37,17 +27,17 @@ def _draw(
     positions: Array,
 ) -> Array:
     """Launch -> the winners' keys uint64 (R,)."""
-    best = _device(rt, np.full(len(params), _POISON, np.uint64))
+    best = upload(rt, np.full(len(params), _POISON, np.uint64))
     launch.sample(
         rt,
-        _device(rt, logits),
-        _device(rt, np.array([p.temperature for p in params], np.float32)),
-        _device(rt, np.array([p.top_k for p in params], np.int32)),
-        _device(rt, np.array([p.top_p for p in params], np.float32)),
-        _device(rt, np.array([p.min_p for p in params], np.float32)),
-        _device(rt, seeds.astype(np.uint64)),
-        _device(rt, choices.astype(np.int32)),
-        _device(rt, positions.astype(np.int32)),
+        upload(rt, logits),
+        upload(rt, np.array([p.temperature for p in params], np.float32)),
+        upload(rt, np.array([p.top_k for p in params], np.int32)),
+        upload(rt, np.array([p.top_p for p in params], np.float32)),
+        upload(rt, np.array([p.min_p for p in params], np.float32)),
+        upload(rt, seeds.astype(np.uint64)),
+        upload(rt, choices.astype(np.int32)),
+        upload(rt, positions.astype(np.int32)),
         best,
     )
     return rt.download(best)
@@ -182,8 +172,8 @@ def _check_finish(rt: Runtime, R: int) -> None:
     failed = np.arange(R) % 5 == 3
     keys[failed] = np.where(np.arange(R) % 2, _NONE, np.uint64(_NOT_FINITE))[failed]
     want[failed] = 0
-    best, drawn = _device(rt, keys), _device(rt, np.full(R, -7, np.int32))
-    result = _device(rt, np.full((R, 2), -7, np.int32))
+    best, drawn = upload(rt, keys), upload(rt, np.full(R, -7, np.int32))
+    result = upload(rt, np.full((R, 2), -7, np.int32))
     launch.finish(rt, best, drawn, result)
     assert np.array_equal(rt.download(result), np.stack([want, failed], axis=1)), "result"
     assert np.array_equal(rt.download(drawn), want), "drawn"

@@ -1,114 +1,31 @@
-"""Packing on the device against packing in NumPy, byte for byte; and weights for the checks of decode."""
+"""Packing on the device against packing in NumPy, byte for byte."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.checks import Check
+from gptoss_lite.kernels.cuda.checks.common import FORMS, Array, Form, to_values, upload
 from gptoss_lite.kernels.cuda.launch import weights as launch
 from gptoss_lite.kernels.cuda.layout import (
     BLOCK,
     MXFP4_HALF_SCALES,
     TILE_ROWS,
     Format,
-    Layout,
     gate_up_rows,
-    operands,
     pack_dense,
     pack_int8,
     pack_mxfp4,
     plain_rows,
     rope_rows,
+    to_bits,
 )
-from gptoss_lite.kernels.cuda.runtime import Array as DeviceArray
 from gptoss_lite.kernels.cuda.runtime import Runtime
 
-Array = npt.NDArray[Any]
-
-E2M1 = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _POISON = 0xCD
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A kind of weights: what Layout needs besides the shape."""
-
-    format: Format
-    bf16: bool = False
-    group: int = BLOCK
-    scale_bf16: bool = False
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        """Lay a matrix out; a group longer than its rows becomes the whole row."""
-        return Layout(self.format, rows, columns, min(self.group, columns), self.bf16, self.scale_bf16)
-
-    def __str__(self) -> str:
-        kind = "bf16" if self.bf16 else "fp16"
-        scales = f" groups {self.group} {'bf16' if self.scale_bf16 else 'fp16'} scales"
-        return f"{self.format.name.lower()}{scales if self.format is Format.INT8 else ''}, {kind}"
-
-
-FORMS = (
-    Form(Format.DENSE),
-    Form(Format.DENSE, bf16=True),
-    Form(Format.INT8, group=32),
-    Form(Format.INT8, group=1 << 20, scale_bf16=True),
-    Form(Format.INT8, bf16=True, scale_bf16=True),
-    Form(Format.MXFP4),
-    Form(Format.MXFP4, bf16=True),
-)
-
-
-def upload(rt: Runtime, array: Array) -> DeviceArray:
-    """Copy an array to the device."""
-    target = rt.empty(array.shape, array.dtype)
-    rt.upload(np.ascontiguousarray(array), target)
-    return target
-
-
-def to_bits(x: Array, bf16: bool) -> Array:
-    """Round float32 to the bits of bf16 or fp16, to the nearest, ties to even."""
-    return operands(x.reshape(-1, 1), bf16)[:, 0].reshape(x.shape)
-
-
-def to_values(bits: Array, bf16: bool) -> Array:
-    """Widen the bits of bf16 or fp16 to float64."""
-    values: Array = (bits.astype(np.uint32) << 16).view(np.float32) if bf16 else bits.view(np.float16)
-    return values.astype(np.float64)
-
-
-def mxfp4_values(blocks: Array, scales: Array) -> Array:
-    """Decode blocks (..., 16) with their scales -> float64 (..., K)."""
-    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK)
-    values = E2M1[codes & 7] * np.where(codes & 8, -1.0, 1.0)
-    scaled: Array = np.ldexp(values, scales.astype(np.int32)[..., None] - 127)
-    return scaled.reshape(*scales.shape[:-1], -1)
-
-
-def random_weights(
-    rng: np.random.Generator, form: Form, shape: tuple[int, int, int], order: Array
-) -> tuple[Array, Array]:
-    """Make (E, N, K) weights, rows of length about 1 -> packed uint8 (E, nbytes), their float64 values."""
-    E, N, K = shape
-    layout, size = form.layout(len(order), K), 1 / np.sqrt(K)
-    match form.format:
-        case Format.DENSE:
-            bits = to_bits((rng.standard_normal(shape) * size).astype(np.float32), form.bf16)
-            return pack_dense(layout, bits, order), to_values(bits, form.bf16)
-        case Format.INT8:
-            codes = rng.integers(-127, 128, shape).astype(np.int8)
-            scales = rng.uniform(0.01, 0.03, (E, N, K // layout.group)) * size
-            bits = to_bits(scales.astype(np.float32), form.scale_bf16)
-            values = codes * np.repeat(to_values(bits, form.scale_bf16), layout.group, axis=-1)
-            return pack_int8(layout, codes, bits, order), values
-    blocks = rng.integers(0, 256, (E, N, K // BLOCK, BLOCK // 2)).astype(np.uint8)
-    bytes_ = (rng.integers(123, 127, (E, N, K // BLOCK)) + round(np.log2(size))).astype(np.uint8)
-    return pack_mxfp4(layout, blocks, bytes_, order), mxfp4_values(blocks, bytes_)
 
 
 def _packs(rt: Runtime, form: Form, order: Array, K: int, source: str = "") -> None:

@@ -6,11 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.kernels.cuda.launch.arguments import require
+from gptoss_lite.kernels.cuda.layout import BLOCK_TOKENS, HEAD_DIM
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
-HEAD_DIM = 64
-BLOCK_TOKENS = 16
 PREFILL_TILE = 64  # queries
 _HEADS = 8  # query heads that a block of attention_decode takes
 _WARPS = 4  # each has a counter

@@ -2,13 +2,19 @@
 
 import numpy as np
 
-from gptoss_lite.kernels.cuda.launch.arguments import require
-from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Layout
+from gptoss_lite.kernels.cuda.launch.arguments import matrix, require
+from gptoss_lite.kernels.cuda.layout import (
+    BLOCK_TOKENS,
+    CHUNK,
+    HEAD_DIM,
+    TILE_ROWS,
+    Layout,
+    Table,
+    padded,
+)
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, f32, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
-HEAD_DIM = 64
-BLOCK_TOKENS = 16
 COLUMNS = 8  # tokens that a block multiplies
 _EMBED_THREADS = 128
 _NORM_THREADS = 256
@@ -17,17 +23,9 @@ _LM_HEAD_TILES = 8  # that a block makes
 _HIDDEN_MULTIPLE = 32
 
 
-def _padded(columns: int) -> int:
-    return -(-columns // CHUNK) * CHUNK
-
-
 def _require_hidden(hidden: int) -> None:
     if hidden % _HIDDEN_MULTIPLE:
         raise ValueError(f"hidden is {hidden}: must be a multiple of {_HIDDEN_MULTIPLE}")
-
-
-def _matrix(layout: Layout) -> tuple[np.int32, np.int32, np.int32]:
-    return i32(layout.tiles), i32(layout.chunks), i32(layout.group_blocks)
 
 
 def _groups(columns: int) -> int:
@@ -36,7 +34,7 @@ def _groups(columns: int) -> int:
 
 def _staged_bytes(columns: int, hidden: int) -> int:
     """Count the shared memory of a block's normalised rows, as norm.cuh lays them out."""
-    return min(columns, COLUMNS) * (_padded(hidden) + 32) * 2
+    return min(columns, COLUMNS) * (padded(hidden) + 32) * 2
 
 
 def embed(
@@ -63,7 +61,7 @@ def embed(
     if T == 0:
         return
     args = [np.uint64(rt.address(table)), tokens, drawn, positions, inv_freq, x, angles]
-    table_type = 2 if is_float32 else int(fp16)  # embed.cu's BF16, FP16, FLOAT32
+    table_type = Table.FLOAT32 if is_float32 else Table.FP16 if fp16 else Table.BF16
     scalars = [i32(hidden), i32(table_type), f32(concentration)]
     rt.launch(Kernel("embed.cu", "embed"), (T,), _EMBED_THREADS, args + scalars)
 
@@ -82,7 +80,7 @@ def rms_norm(
     if rows is not None:
         require("rows", rows, np.int32, R)
     require("weight", weight, np.float32, hidden)
-    require("out", out, np.uint16, None, _padded(hidden))
+    require("out", out, np.uint16, None, padded(hidden))
     if R == 0:
         return
     kernel = Kernel("norm.cu", "rms_norm", (("OPERAND_BF16", 1),) if bf16 else ())
@@ -118,7 +116,7 @@ def qkv_decode(
         return
     kernel = Kernel("qkv.cu", "qkv_decode", layout.defines + ((("KV_FP16", 1),) if kv_fp16 else ()))
     args = [x, norm_weight, packed, bias, angles, positions, table, keys, values, q]
-    shape = [i32(S), i32(hidden), i32(heads), i32(key_heads), i32(table.shape[1]), *_matrix(layout), f32(eps)]
+    shape = [i32(S), i32(hidden), i32(heads), i32(key_heads), i32(table.shape[1]), *matrix(layout), f32(eps)]
     grid = (layout.tiles * _groups(S),)
     rt.launch(kernel, grid, _NORM_THREADS, args + shape, _staged_bytes(S, hidden))
 
@@ -136,7 +134,7 @@ def out_proj_decode(rt: Runtime, a: Array, packed: Array, layout: Layout, bias: 
     require("x", x, np.float32, None, None)
     if S == 0:
         return
-    args = [a, packed, bias, x, i32(S), i32(hidden), *_matrix(layout)]
+    args = [a, packed, bias, x, i32(S), i32(hidden), *matrix(layout)]
     kernel = Kernel("out_proj.cu", "out_proj_decode", layout.defines)
     rt.launch(kernel, (layout.tiles * _groups(S),), _OUT_THREADS, args)
 
@@ -172,7 +170,7 @@ def lm_head_decode(
     if R == 0:
         return
     args = [x, rows, norm_weight, packed, logits, best, temperature, seed, choice, positions]
-    shape = [i32(R), i32(hidden), i32(vocab), *_matrix(layout), f32(eps)]
+    shape = [i32(R), i32(hidden), i32(vocab), *matrix(layout), f32(eps)]
     grid = (-(-layout.tiles // _LM_HEAD_TILES) * _groups(R),)
     kernel = Kernel("lm_head.cu", "lm_head_decode", layout.defines)
     rt.launch(kernel, grid, _NORM_THREADS, args + shape, _staged_bytes(R, hidden))

@@ -1,11 +1,9 @@
 """Products of many tokens with packed matrices, on tensor cores; and the sum of a token's experts."""
 
-from typing import Any
-
 import numpy as np
 
-from gptoss_lite.kernels.cuda.launch.arguments import require
-from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Format, Layout
+from gptoss_lite.kernels.cuda.launch.arguments import matrix, require, require_tiles
+from gptoss_lite.kernels.cuda.layout import CHUNK, MAX_K, TILE_ROWS, Format, Layout, padded
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, f32, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
@@ -14,7 +12,6 @@ _THREADS, _ROWS = 192, 192
 _WIDE_TOKENS = _WIDE_THREADS = _WIDE_ROWS = 128
 _WIDE_BLOCKS = 4  # a multiprocessor: fewer leave part of the device idle
 _COMBINE_THREADS = 256
-_MAX_CHOICES = 8
 
 
 def linear(
@@ -44,7 +41,7 @@ def linear(
     name, threads = ("linear_wide", _WIDE_THREADS) if wide else ("linear", _THREADS)
     if not wide:
         grid = _blocks(T, TOKENS), _blocks(rows, _ROWS)
-    shape = i32(T), i32(N), *_matrix(layout), i32(accumulate)
+    shape = i32(T), i32(N), *matrix(layout), i32(accumulate)
     rt.launch(Kernel("linear.cu", name, layout.defines), grid, threads, [packed, order, bias, a, out, *shape])
 
 
@@ -65,13 +62,13 @@ def moe_gate_up_prefill(
     require("table", table, np.uint64, None)
     require("bias", bias, np.float32, E, 2 * inner)
     require("order", order, np.int32, None)
-    _require_tiles(tile_expert, tile_start, tile_rows, count)
-    require("out", out, np.uint16, None, _blocks(inner, CHUNK) * CHUNK)
+    require_tiles(tile_expert, tile_start, tile_rows, count)
+    require("out", out, np.uint16, None, padded(inner))
     if layout.tiles * 8 != out.shape[1]:
         raise ValueError(f"layout has {layout.rows} rows: must be 2 * {inner} padded to {2 * out.shape[1]}")
     if n == 0:
         return
-    shape = i32(inner), *_matrix(layout), i32(bf16_out)
+    shape = i32(inner), *matrix(layout), i32(bf16_out)
     rt.launch(
         Kernel("moe_prefill.cu", "moe_gate_up_prefill", layout.defines),
         (_blocks(layout.tiles * TILE_ROWS, _ROWS), n),
@@ -93,11 +90,11 @@ def moe_down_prefill(
     require("inner", inner, np.uint16, None, layout.chunks * CHUNK)
     require("table", table, np.uint64, None)
     require("bias", bias, np.float32, E, layout.rows)
-    _require_tiles(tile_expert, tile_start, tile_rows, count)
+    require_tiles(tile_expert, tile_start, tile_rows, count)
     require("y", y, np.float32, inner.shape[0], layout.rows)
     if n == 0:
         return
-    shape = i32(layout.rows), *_matrix(layout)
+    shape = i32(layout.rows), *matrix(layout)
     rt.launch(
         Kernel("moe_prefill.cu", "moe_down_prefill", layout.defines),
         (_blocks(layout.tiles * TILE_ROWS, _ROWS), n),
@@ -118,8 +115,8 @@ def combine(rt: Runtime, y: Array, place: Array, weights: Array, x: Array) -> No
     require("place", place, np.int32, T, None)
     require("weights", weights, np.float32, T, k)
     require("x", x, np.float32, T, None)
-    if k > _MAX_CHOICES or hidden % 4:
-        raise ValueError(f"k {k}, hidden {hidden}: k must be at most {_MAX_CHOICES}, hidden a multiple of 4")
+    if k > MAX_K or hidden % 4:
+        raise ValueError(f"k {k}, hidden {hidden}: k must be at most {MAX_K}, hidden a multiple of 4")
     if T == 0:
         return
     quads = hidden // 4
@@ -130,14 +127,3 @@ def combine(rt: Runtime, y: Array, place: Array, weights: Array, x: Array) -> No
 
 def _blocks(length: int, each: int) -> int:
     return -(-length // each)
-
-
-def _matrix(layout: Layout) -> tuple[Any, ...]:
-    return i32(layout.tiles), i32(layout.chunks), i32(layout.group_blocks)
-
-
-def _require_tiles(expert: Array, start: Array, rows: Array, count: Array) -> None:
-    require("tile_expert", expert, np.int32, None)
-    require("tile_start", start, np.int32, *expert.shape)
-    require("tile_rows", rows, np.int32, *expert.shape)
-    require("count", count, np.int32, 1)

@@ -1,17 +1,14 @@
 """The two products of the experts in decode, for tiles of up to 8 tokens that chose the same expert."""
 
-from typing import Any
-
 import numpy as np
 
-from gptoss_lite.kernels.cuda.launch.arguments import require
-from gptoss_lite.kernels.cuda.layout import CHUNK, TILE_ROWS, Layout
+from gptoss_lite.kernels.cuda.launch.arguments import matrix, require, require_tiles
+from gptoss_lite.kernels.cuda.layout import CHUNK, MAX_K, TILE_ROWS, Layout, padded
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, f32, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
 TOKENS = 8  # columns of a product: the most that a tile of the grouping arrays may have
 MAX_PAIRS = 512  # (token, choice) pairs that down_decode has room for
-_MAX_CHOICES = 8
 _GATE_UP_THREADS, _DOWN_THREADS = 128, 512
 
 
@@ -33,8 +30,8 @@ def gate_up_decode(
     require("table", table, np.uint64, None)
     require("bias", bias, np.float32, E, 2 * inner)
     require("order", order, np.int32, None)
-    _require_tiles(tile_expert, tile_start, tile_rows, count)
-    require("out", out, np.uint16, order.shape[0], -(-inner // CHUNK) * CHUNK)
+    require_tiles(tile_expert, tile_start, tile_rows, count)
+    require("out", out, np.uint16, order.shape[0], padded(inner))
     if layout.tiles * 8 != out.shape[1]:
         raise ValueError(f"layout has {layout.rows} rows: must be 2 * {inner} padded to {2 * out.shape[1]}")
     slots = tile_expert.shape[0]
@@ -45,35 +42,34 @@ def gate_up_decode(
         Kernel("moe_decode.cu", "gate_up_decode", layout.defines),
         (layout.tiles, slots),
         _GATE_UP_THREADS,
-        [*arrays, f32(limit), i32(inner), *_matrix(layout), i32(bf16_out)],
+        [*arrays, f32(limit), i32(inner), *matrix(layout), i32(bf16_out)],
     )
 
 
 def down_decode(
-    rt: Runtime, inner: Array, table: Array, layout: Layout, bias: Array, order: Array, tile_expert: Array,
+    rt: Runtime, inner: Array, table: Array, layout: Layout, bias: Array, tile_expert: Array,
     tile_start: Array, tile_rows: Array, count: Array, place: Array, weights: Array, x: Array,
 ) -> None:  # fmt: skip
     """Add to x float32 (T, hidden) the weighted sum of each token's experts, in order of choice.
 
     inner operands (pairs, I padded to 64) in sorted order, as gate_up_decode made them; table uint64 (E,):
-    addresses of matrices packed in the order of layout.plain_rows; bias float32 (E, hidden); grouping arrays
+    addresses of matrices packed in the order of layout.plain_rows; bias float32 (E, hidden); tile_* and count
     as for gate_up_decode. place int32 (T, k): where each pair lies in sorted order, -1 for none; weights
     float32 (T, k). T * k is 512 at most, k 8.
     """
     T, hidden = x.shape
-    k, pairs = place.shape[1], order.shape[0]
-    require("inner", inner, np.uint16, pairs, layout.chunks * CHUNK)
+    k, pairs = place.shape[1], inner.shape[0]
+    require("inner", inner, np.uint16, None, layout.chunks * CHUNK)
     require("table", table, np.uint64, None)
     require("bias", bias, np.float32, table.shape[0], hidden)
-    require("order", order, np.int32, None)
-    _require_tiles(tile_expert, tile_start, tile_rows, count)
+    require_tiles(tile_expert, tile_start, tile_rows, count)
     require("place", place, np.int32, T, None)
     require("weights", weights, np.float32, T, k)
     require("x", x, np.float32, T, None)
-    if pairs > MAX_PAIRS or k > _MAX_CHOICES or hidden > layout.tiles * TILE_ROWS:
+    if pairs > MAX_PAIRS or k > MAX_K or hidden > layout.tiles * TILE_ROWS:
         raise ValueError(
             f"{pairs} pairs, k {k}, hidden {hidden} of a matrix of {layout.rows} rows: must be at most"
-            f" {MAX_PAIRS}, {_MAX_CHOICES} and its rows"
+            f" {MAX_PAIRS}, {MAX_K} and its rows"
         )
     if T == 0:
         return
@@ -82,17 +78,6 @@ def down_decode(
         Kernel("moe_decode.cu", "down_decode", layout.defines),
         (layout.tiles,),
         _DOWN_THREADS,
-        [*arrays, i32(hidden), *_matrix(layout), i32(T), i32(k)],
+        [*arrays, i32(hidden), *matrix(layout), i32(T), i32(k)],
         shared_memory=pairs * TILE_ROWS * 4,
     )
-
-
-def _matrix(layout: Layout) -> tuple[Any, ...]:
-    return i32(layout.tiles), i32(layout.chunks), i32(layout.group_blocks)
-
-
-def _require_tiles(expert: Array, start: Array, rows: Array, count: Array) -> None:
-    require("tile_expert", expert, np.int32, None)
-    require("tile_start", start, np.int32, *expert.shape)
-    require("tile_rows", rows, np.int32, *expert.shape)
-    require("count", count, np.int32, 1)

@@ -3,11 +3,12 @@
 import numpy as np
 
 from gptoss_lite.kernels.cuda.launch.arguments import require
+from gptoss_lite.kernels.cuda.layout import MAX_K as MAX_K
+from gptoss_lite.kernels.cuda.layout import padded
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, f32, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
 MAX_EXPERTS = 1024
-MAX_K = 8
 MAX_ROUTED_HIDDEN = 12_160  # one token's row in shared memory
 _SHARED_BYTES = 48 * 1024 - 512  # what every GPU gives a block unasked, less the kernels' own
 _TOKENS = 4  # router.cu's
@@ -39,7 +40,7 @@ def route(
     require("router", router, np.float32 if router_f32 else np.uint16, experts, hidden)
     require("bias", bias, np.float32, experts)
     require("positions", positions, np.int32, T)
-    require("h", h, np.uint16, T, -(-hidden // 64) * 64)
+    require("h", h, np.uint16, T, padded(hidden))
     require("ids", ids, np.int32, T, k)
     require("weights", weights, np.float32, T, k)
     require("logits", logits, np.float32, None, experts)

@@ -17,12 +17,12 @@ from gptoss_lite.kernels.cuda.layout import (
     TILE_ROWS,
     Format,
     Layout,
+    Table,
 )
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime, i32
 from gptoss_lite.kernels.cuda.source import Kernel
 
 _THREADS = 256
-_BF16, _FP16, _FLOAT32 = range(3)  # enum Source in repack.cu
 
 
 def pack_dense(
@@ -37,7 +37,7 @@ def pack_dense(
     is_float32 = source.dtype == np.float32
     require("source", source, np.float32 if is_float32 else np.uint16, None, layout.columns)
     tiles = _check(layout, Format.DENSE, order, target, first_tile)
-    kind = _FLOAT32 if is_float32 else _FP16 if fp16 else _BF16
+    kind = Table.FLOAT32 if is_float32 else Table.FP16 if fp16 else Table.BF16
     threads = tiles * layout.chunks * 4 * 32
     shape = layout.columns, tiles, layout.chunks, kind, int(layout.bf16)
     codes, _ = _parts(layout, target, first_tile)
