@@ -84,7 +84,17 @@ def without_barrier(file: str, index: int) -> str:
     return BARRIER.join(parts[: index + 1]) + ";" + BARRIER.join(parts[index + 1 :])
 
 
-BARRIERS = [(file, index) for file in SUBJECT for index in range(flat(file, set()).count(BARRIER))]
+def barriers(file: str) -> list[int]:
+    """Number the barriers of a file and its headers that a check can miss.
+
+    Not those before a block counts itself done: what they protect is read by a block that runs at the same
+    time, and the emulator's blocks take turns, but for chance.
+    """
+    _, *followed_by = flat(file, set()).split(BARRIER)
+    return [index for index, text in enumerate(followed_by) if "atomicInc(" not in text[:100]]
+
+
+BARRIERS = [(file, index) for file in SUBJECT for index in barriers(file)]
 
 
 @pytest.mark.parametrize("file", ["attention_decode.cu", "moe_decode.cu", "moe_prefill.cu", "qkv.cu"])
