@@ -1,17 +1,16 @@
 """The int8 codec on plain arrays: signed codes of which a group in each row shares a scale; no zero point."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
+from gptoss_lite.quant.formats import BLOCK, Scales
 from gptoss_lite.quant.mxfp4 import E8M0, E8M0_BIAS, _first_not_finite, _row_chunks
 
-BLOCK = 32  # groups are a multiple of this many weights
 LARGEST = 127  # codes are -127 to 127: a number and its negative are equally well off
-Scales = Literal["bf16", "float16", "e8m0"]
 SCALE_DTYPES = {"bf16": np.dtype(bfloat16), "float16": np.dtype(np.float16), "e8m0": np.dtype(np.uint8)}
 
 # The largest scales of which 127 still is a float32; for fp16, simply its largest number.

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
+from gptoss_lite.quant.formats import BLOCK
 
-BLOCK = 32  # weights that share a scale
 BLOCK_BYTES = BLOCK // 2
 E8M0_BIAS = 127
 E8M0_NAN = 255

@@ -1,7 +1,7 @@
 """Quantised weights as values: the packed arrays of one format, and the logical shape they stand for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from gptoss_lite.errors import FormatError
 from gptoss_lite.quant import int8, mxfp4
+from gptoss_lite.quant.formats import MXFP4, Format, Int8, Scales
 
 
 class QTensor(ABC):
@@ -23,6 +24,11 @@ class QTensor(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor once dequantised."""
+
+    @property
+    @abstractmethod
+    def format(self) -> Format:
+        """The format as data, such as a policy names it."""
 
     @property
     @abstractmethod
@@ -71,6 +77,11 @@ class MXFP4Tensor(QTensor):
     def shape(self) -> tuple[int, ...]:
         """The logical shape (..., N, K)."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * mxfp4.BLOCK)
+
+    @property
+    def format(self) -> MXFP4:
+        """MXFP4 has no choices to make."""
+        return MXFP4()
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +134,13 @@ class Int8Tensor(QTensor):
         return int(self.codes.shape[-1] // self.scales.shape[-1])
 
     @property
+    def format(self) -> Int8:
+        """The group and the kind of scales; a group as long as a row is a row's."""
+        names: dict[str, Scales] = {"bfloat16": "bf16", "float16": "float16", "uint8": "e8m0"}
+        whole = self.scales.shape[-1] == 1
+        return Int8(None if whole else self.group, names[self.scales.dtype.name])
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, codes and scales together."""
         return int(self.codes.nbytes + self.scales.nbytes)
@@ -134,3 +152,23 @@ class Int8Tensor(QTensor):
     def map(self, fn: Callable[[Any], Any]) -> Self:
         """Return a tensor of `fn(codes)` and `fn(scales)`."""
         return type(self)(fn(self.codes), fn(self.scales))
+
+
+def concatenate(tensors: Sequence[Any]) -> Any:
+    """Stack matrices (N, K) of one K by rows: arrays, or quantised tensors of one format.
+
+    Raises FormatError where their formats differ.
+    """
+    first = tensors[0]
+    if any(type(tensor) is not type(first) for tensor in tensors):
+        raise FormatError("cannot stack matrices of different formats")
+    match first:
+        case MXFP4Tensor():
+            parts = [(tensor.blocks, tensor.scales) for tensor in tensors]
+        case Int8Tensor():
+            if any(tensor.format != first.format for tensor in tensors):
+                raise FormatError("cannot stack int8 matrices of different groups or scales")
+            parts = [(tensor.codes, tensor.scales) for tensor in tensors]
+        case _:
+            return np.concatenate(tensors)
+    return type(first)(*(np.concatenate(part) for part in zip(*parts, strict=True)))

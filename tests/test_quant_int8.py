@@ -9,9 +9,10 @@ from ml_dtypes import bfloat16
 
 from gptoss_lite.errors import FormatError
 from gptoss_lite.quant import Int8Tensor, int8, mxfp4, quantize
+from gptoss_lite.quant.formats import Scales
 
 DTYPES = [np.float32, np.float16, bfloat16]
-SCALES: list[int8.Scales] = ["bf16", "float16", "e8m0"]
+SCALES: list[Scales] = ["bf16", "float16", "e8m0"]
 
 
 def scales_of(q: Int8Tensor) -> np.ndarray:
@@ -32,7 +33,7 @@ def random_rows(seed: int, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "group"), [(64, 32), (192, 64), (192, 96), (160, 160), (160, None)])
 def test_codes_are_nearest_to_the_stored_scale(
-    scales: int8.Scales, dtype: Any, columns: int, group: int | None
+    scales: Scales, dtype: Any, columns: int, group: int | None
 ) -> None:
     x = random_rows(1, 50, columns).astype(dtype)
     q = quantize(x, "int8", group=group, scales=scales)
@@ -67,7 +68,7 @@ def test_ties_round_to_even_and_codes_stop_at_127() -> None:
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_zeros_stay_zeros(scales: int8.Scales) -> None:
+def test_zeros_stay_zeros(scales: Scales) -> None:
     q = quantize(np.zeros((2, 64), np.float32), "int8", scales=scales)
     assert not q.codes.any()
     assert not q.scales.astype(np.float32).any()
@@ -76,7 +77,7 @@ def test_zeros_stay_zeros(scales: int8.Scales) -> None:
 
 @pytest.mark.parametrize("scales", ["bf16", "e8m0"])
 @pytest.mark.parametrize("size", [np.finfo(np.float32).max, np.finfo(np.float32).tiny, 2.0**-149])
-def test_the_ends_of_float32_stay_finite_and_near(scales: int8.Scales, size: float) -> None:
+def test_the_ends_of_float32_stay_finite_and_near(scales: Scales, size: float) -> None:
     x = np.full((1, 32), size, np.float32)
     x[0, ::2] *= -1
     y = quantize(x, "int8", scales=scales).dequantize()
