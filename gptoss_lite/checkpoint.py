@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import CheckpointError
 from gptoss_lite.quant import MXFP4Tensor, mxfp4
+from gptoss_lite.quant.formats import BLOCK
 from gptoss_lite.quant.tensorfile import FLOATS, StoredTensor, abbreviated, read_file, read_json, save_file
 
 __all__ = ["Checkpoint", "open_checkpoint", "save_file"]
@@ -244,9 +245,9 @@ def _expected(config: ModelConfig, layout: str) -> Iterator[tuple[str, str, tupl
     sizes = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
-        "hidden/32": config.hidden_size // mxfp4.BLOCK,
+        "hidden/32": config.hidden_size // BLOCK,
         "intermediate": config.intermediate_size,
-        "intermediate/32": config.intermediate_size // mxfp4.BLOCK,
+        "intermediate/32": config.intermediate_size // BLOCK,
         "gate_up": 2 * config.intermediate_size,
         "heads": config.num_attention_heads,
         "queries": config.num_attention_heads * config.head_dim,

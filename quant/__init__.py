@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
 from gptoss_lite.quant import int8, mxfp4
-from gptoss_lite.quant.formats import Scales
+from gptoss_lite.quant.formats import BLOCK, Scales
 from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor, concatenate
 
 __all__ = ["Int8Tensor", "MXFP4Tensor", "QTensor", "concatenate", "quantize"]
@@ -23,7 +23,7 @@ def quantize(
     array: NDArray[Any], format: str, *, group: int | None = ..., scales: Scales = ...
 ) -> MXFP4Tensor | Int8Tensor: ...
 def quantize(
-    array: NDArray[Any], format: str, *, group: int | None = int8.BLOCK, scales: Scales = "bf16"
+    array: NDArray[Any], format: str, *, group: int | None = BLOCK, scales: Scales = "bf16"
 ) -> MXFP4Tensor | Int8Tensor:
     """Quantise an array (..., N, K) of float16, bfloat16 or float32 to `format`: "mxfp4" or "int8".
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptoss_lite.errors import FormatError
 from gptoss_lite.quant import int8, mxfp4
-from gptoss_lite.quant.formats import MXFP4, Format, Int8, Scales
+from gptoss_lite.quant.formats import BLOCK, MXFP4, Format, Int8, Scales
 
 
 class QTensor(ABC):
@@ -76,7 +76,7 @@ class MXFP4Tensor(QTensor):
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape (..., N, K)."""
-        return (*self.scales.shape[:-1], self.scales.shape[-1] * mxfp4.BLOCK)
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
 
     @property
     def format(self) -> MXFP4:
@@ -117,10 +117,10 @@ class Int8Tensor(QTensor):
             )
         fits = 0 < self.codes.ndim == self.scales.ndim and self.codes.shape[:-1] == self.scales.shape[:-1]
         groups = self.scales.shape[-1] if fits else 0
-        if groups == 0 or self.codes.shape[-1] == 0 or self.codes.shape[-1] % (int8.BLOCK * groups):
+        if groups == 0 or self.codes.shape[-1] == 0 or self.codes.shape[-1] % (BLOCK * groups):
             raise FormatError(
                 f"int8 codes {self.codes.shape} do not fit scales {self.scales.shape}:"
-                f" codes must be the scales' shape, with a multiple of {int8.BLOCK} columns for each scale"
+                f" codes must be the scales' shape, with a multiple of {BLOCK} columns for each scale"
             )
 
     @property
