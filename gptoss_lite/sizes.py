@@ -25,3 +25,11 @@ def format_gib(nbytes: float) -> str:
     """Write a size for people: "12.8 GiB"; below a tenth with three digits."""
     gib = nbytes / _GIB
     return f"{gib:.1f} GiB" if gib >= 0.1 or not gib else f"{gib:.3f} GiB"
+
+
+def format_bytes(nbytes: float) -> str:
+    """Write a size of any magnitude for people: "12.8 GiB", "35.0 MiB", "512 B"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.1f} {unit}"
+    return f"{nbytes:.0f} B"

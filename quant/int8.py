@@ -7,8 +7,9 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
+from gptoss_lite.quant import rows
 from gptoss_lite.quant.formats import BLOCK, Scales
-from gptoss_lite.quant.mxfp4 import E8M0, E8M0_BIAS, _first_not_finite, _row_chunks
+from gptoss_lite.quant.mxfp4 import E8M0, E8M0_BIAS
 
 LARGEST = 127  # codes are -127 to 127: a number and its negative are equally well off
 SCALE_DTYPES = {"bf16": np.dtype(bfloat16), "float16": np.dtype(np.float16), "e8m0": np.dtype(np.uint8)}
@@ -34,37 +35,52 @@ def encode(
     Raises FormatError on another dtype, shape, group or kind of scales, on NaN and infinity, and on numbers
     beyond what fp16 scales reach, naming the position.
     """
-    if array.dtype.name not in ("float16", "bfloat16", "float32"):
-        raise FormatError(f"cannot quantise dtype {array.dtype.name}: give float16, bfloat16 or float32")
+    length = check(array, group, scales)
+    if array.ndim == 1:
+        codes, stored = encode(array[None], group, scales)
+        return codes[0], stored[0]
+    codes, stored = empty(array.shape, length, scales)
+    for index in rows.chunks(array.shape):
+        x = rows.load(array, index).reshape(*stored[index].shape, length)
+        largest = np.abs(x).max(axis=2, initial=0)
+        if not np.isfinite(largest).all():
+            raise rows.not_finite(array, index)
+        stored[index], divisor = choose_scales(largest, scales)
+        # float64: a quotient next to a tie is not rounded onto it.
+        code = np.clip(np.rint(x / divisor[:, :, None]), -LARGEST, LARGEST)
+        codes[index] = code.astype(np.int8).reshape(codes[index].shape)
+    return codes, stored
+
+
+def check(array: NDArray[Any], group: int | None, scales: Scales) -> int:
+    """Raise FormatError unless an array can be quantised so; return the columns that share a scale."""
+    rows.check(array)
     if scales not in SCALE_DTYPES:
         raise FormatError(f"unknown scales {scales!r}: choose bf16, float16 or e8m0")
-    if array.ndim == 0 or array.shape[-1] % BLOCK:
-        raise FormatError(f"cannot quantise shape {array.shape}: the last axis must be divisible by {BLOCK}")
     length = max(array.shape[-1], BLOCK) if group is None else group
     if length < BLOCK or length % BLOCK or array.shape[-1] % length:
         raise FormatError(
             f"cannot quantise shape {array.shape} in groups of {length}:"
             f" give a multiple of {BLOCK} that divides {array.shape[-1]}"
         )
-    if array.ndim == 1:
-        codes, stored = encode(array[None], group, scales)
-        return codes[0], stored[0]
-    codes = np.empty(array.shape, np.int8)
-    stored = np.empty((*array.shape[:-1], array.shape[-1] // length), SCALE_DTYPES[scales])
-    for index in _row_chunks(array.shape):
-        x = np.ascontiguousarray(array[index], np.float32).reshape(-1, length)
-        largest = np.abs(x).max(axis=1, initial=0)
-        if not np.isfinite(largest).all():
-            raise FormatError(f"cannot quantise {_first_not_finite(array, index)}: numbers must be finite")
-        if scales == "float16" and largest.max(initial=0) > LARGEST * _LARGEST_SCALE[scales]:
-            raise FormatError(f"cannot quantise {largest.max()} with float16 scales: choose bf16")
-        scale = _scale(largest, scales)
-        # float64: a quotient next to a tie is not rounded onto it.
-        divisor = np.where(largest > 0, _decode_scales(scale, np), 1).astype(np.float64)
-        code = np.clip(np.rint(x / divisor[:, None]), -LARGEST, LARGEST)
-        codes[index] = code.astype(np.int8).reshape(codes[index].shape)
-        stored[index] = scale.reshape(stored[index].shape)
-    return codes, stored
+    return length
+
+
+def empty(shape: tuple[int, ...], length: int, scales: Scales) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """Make room for the codes and scales of an array (..., K), in groups of `length`."""
+    stored = np.empty((*shape[:-1], shape[-1] // length), SCALE_DTYPES[scales])
+    return np.empty(shape, np.int8), stored
+
+
+def choose_scales(largest: NDArray[np.float32], scales: Scales) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Choose the scales of groups by their largest magnitudes: as stored, and what to divide the group by.
+
+    Raises FormatError on numbers beyond what fp16 scales reach.
+    """
+    if scales == "float16" and largest.max(initial=0) > LARGEST * _LARGEST_SCALE[scales]:
+        raise FormatError(f"cannot quantise {largest.max()} with float16 scales: choose bf16")
+    scale = _scale(largest, scales)
+    return scale, np.where(largest > 0, factors(scale), 1).astype(np.float64)
 
 
 def decode(codes: Any, scales: Any, xp: Any = np) -> Any:
@@ -73,10 +89,26 @@ def decode(codes: Any, scales: Any, xp: Any = np) -> Any:
     codes: int8 (..., K); scales: bfloat16, float16 or E8M0 uint8 (..., K / group), arrays of `xp` (NumPy or
     CuPy). Returns float32 (..., K), each value code * scale.
     """
-    factors = _decode_scales(scales, xp)
     groups = codes.astype(xp.float32).reshape(*scales.shape, -1 if scales.size else BLOCK)
-    groups *= factors[..., None]
+    groups *= factors(scales, xp)[..., None]
     return groups.reshape(codes.shape)
+
+
+def factors(scales: Any, xp: Any = np) -> Any:
+    """Widen scales to float32: bfloat16, float16 or E8M0 uint8, an array of `xp` (NumPy or CuPy)."""
+    if scales.dtype == np.uint8:
+        return xp.asarray(E8M0, dtype=xp.float32)[scales]
+    return scales.astype(xp.float32)
+
+
+def invalid_scale(scales: NDArray[Any]) -> tuple[int, ...] | None:
+    """Find the first scale that is not finite, or takes 127 beyond float32; None where none does.
+
+    scales: bfloat16, float16 or E8M0 uint8. Returns a position.
+    """
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(factors(scales) * np.float32(LARGEST))
+    return tuple(int(i) for i in np.argwhere(bad)[0]) if bad.any() else None
 
 
 def _scale(largest: NDArray[np.float32], scales: Scales) -> NDArray[Any]:
@@ -90,9 +122,3 @@ def _scale(largest: NDArray[np.float32], scales: Scales) -> NDArray[Any]:
     ideal = np.clip(largest / np.float32(LARGEST), _SMALLEST_SCALE[scales], _LARGEST_SCALE[scales])
     chosen: NDArray[Any] = np.where(largest > 0, ideal, 0).astype(np.float32).astype(SCALE_DTYPES[scales])
     return chosen
-
-
-def _decode_scales(scales: Any, xp: Any) -> Any:
-    if scales.dtype == np.uint8:
-        return xp.asarray(E8M0, dtype=xp.float32)[scales]
-    return scales.astype(xp.float32)

@@ -172,3 +172,16 @@ def concatenate(tensors: Sequence[Any]) -> Any:
         case _:
             return np.concatenate(tensors)
     return type(first)(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def invalid_scale(tensor: QTensor) -> tuple[int, ...] | None:
+    """Find the first scale that is NaN or infinite, or takes a value beyond float32; None where none does.
+
+    Returns a position in `scales`.
+    """
+    match tensor:
+        case MXFP4Tensor(blocks=blocks, scales=scales):
+            return mxfp4.invalid_scale(blocks, scales)
+        case Int8Tensor(scales=scales):
+            return int8.invalid_scale(scales)
+    raise TypeError(f"no scales in {type(tensor).__name__}")

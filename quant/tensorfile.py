@@ -1,6 +1,7 @@
 """Safetensors files: the header checked, the data mapped, values and checksums verified; and a writer."""
 
 import json
+import math
 import mmap
 import os
 import zlib
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from gptoss_lite.errors import CheckpointError, FormatError
-from gptoss_lite.quant.qtensor import MXFP4Tensor
+from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor
 
 FORMAT, FORMAT_VERSION = "gptoss-lite", "1"  # __metadata__ of the files we write
 
@@ -24,6 +25,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
 }
 _EXPONENT_BITS: dict[str, np.uint32 | np.uint16] = {
     "F32": np.uint32(0x7F800000),
@@ -66,19 +68,19 @@ class StoredTensor:
         Raises CheckpointError naming file and tensor, and the position of what is not finite.
         """
         mask = _EXPONENT_BITS.get(self.dtype)
-        crc = zlib.crc32(_signature(self.name, self.dtype, self.shape))
+        checksum = Checksum(self.name, self.dtype, self.shape)
         for start in range(0, self.data.size, _CHUNK):
             part = self.data[start : start + _CHUNK]
             if self.checksum is not None:
-                crc = zlib.crc32(part.data, crc)
+                checksum.update(part.data)
             if mask is not None:
                 exponents = part.view(mask.dtype) & mask
                 if exponents.max() == mask:
                     first = start // mask.itemsize + int(exponents.argmax())
                     position = tuple(int(i) for i in np.unravel_index(first, self.shape))
                     raise self.error(f"holds {float(self.array()[position])} at {position}: must be finite")
-        if self.checksum is not None and self.checksum != f"{crc:08x}":
-            raise self.error(f"is damaged: its checksum is {crc:08x}, and was {self.checksum} when written")
+        if self.checksum is not None and self.checksum != str(checksum):
+            raise self.error(f"is damaged: its checksum is {checksum}, and was {self.checksum} when written")
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
@@ -115,12 +117,13 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
 
 def save_file(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, NDArray[Any] | MXFP4Tensor],
+    tensors: Mapping[str, NDArray[Any] | QTensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors to one safetensors file, with a CRC-32 of each over its name, dtype, shape and data.
 
-    tensors: float32, float16, bfloat16 or uint8; an MXFP4Tensor is written as name_blocks and name_scales.
+    tensors: float32, float16, bfloat16, int8 or uint8; an MXFP4Tensor is written as name_blocks and
+    name_scales, an Int8Tensor as name_codes and name_scales.
     The file appears under its name only once it is whole and on disk.
     Raises FormatError on another dtype, CheckpointError where the file cannot be written.
     """
@@ -129,16 +132,26 @@ def save_file(
         match tensor:
             case MXFP4Tensor(blocks=blocks, scales=scales):
                 arrays |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            case Int8Tensor(codes=codes, scales=scales):
+                arrays |= {f"{name}_codes": codes, f"{name}_scales": scales}
+            case QTensor():
+                raise FormatError(f"cannot save {name!r}: {type(tensor).__name__} has no form on disk")
             case _:
                 arrays[name] = tensor
     # Widest elements first, so that every tensor starts at a multiple of its element size.
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
-    header = _header(arrays, metadata or {})
+    entries = {name: (dtype_name(name, array.dtype), array.shape) for name, array in arrays.items()}
+    checksums = {}
+    for name, array in arrays.items():
+        checksum = Checksum(name, *entries[name])
+        checksum.update(_bytes(array))
+        checksums[name] = str(checksum)
+    start = header(entries, checksums, {"format": FORMAT, **(metadata or {})})
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(start)
             for array in arrays.values():
                 file.write(_bytes(array))
             file.flush()
@@ -186,21 +199,55 @@ def abbreviated(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _header(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    codes = {dtype: code for code, dtype in _DTYPES.items()}
+def header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    checksums: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Make the bytes that precede the data: as many for the same names, whatever the checksums.
+
+    tensors: safetensors' dtype and shape by name, in the order of their data. metadata: other than of
+    checksums; its "format" is "gptoss-lite" in what only this package reads, "pt" where others look for it.
+    """
     entries: dict[str, Any] = {}
-    checksums: dict[str, str] = {}
     start = 0
-    for name, array in arrays.items():
-        if array.dtype not in codes:
-            raise FormatError(f"cannot save {name!r}, {array.dtype}: give a float or uint8")
-        code, stop = codes[array.dtype], start + array.nbytes
-        entries[name] = {"dtype": code, "shape": array.shape, "data_offsets": (start, stop)}
-        checksums[name] = f"{zlib.crc32(_bytes(array), zlib.crc32(_signature(name, code, array.shape))):08x}"
+    for name, (dtype, shape) in tensors.items():
+        stop = start + nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
         start = stop
-    ours = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksums": json.dumps(checksums)}
+    ours = {"format_version": FORMAT_VERSION, "checksums": json.dumps(dict(checksums))}
     text = json.dumps({"__metadata__": {**metadata, **ours}, **entries}).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Count the bytes of a tensor."""
+    return math.prod(shape) * _DTYPES[dtype].itemsize
+
+
+def dtype_name(name: str, dtype: np.dtype[Any]) -> str:
+    """Spell a NumPy dtype as safetensors does; raises FormatError, naming the tensor, on another."""
+    for code, known in _DTYPES.items():
+        if known == dtype:
+            return code
+    raise FormatError(f"cannot save {name!r}, {dtype}: give a float, int8 or uint8")
+
+
+class Checksum:
+    """What a file of ours says of a tensor: CRC-32 over its name, dtype, shape and data, in hex."""
+
+    __slots__ = ("_crc",)
+
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self._crc = zlib.crc32(_signature(name, dtype, shape))
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Go on with the next of the data."""
+        self._crc = zlib.crc32(data, self._crc)
+
+    def __str__(self) -> str:
+        return f"{self._crc:08x}"
 
 
 def _checksums(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Matrix products over rows grouped by expert, of dense or packed MXFP4 weights as checkpoints store them.
+"""Matrix products over rows grouped by expert, of dense, MXFP4 or int8 weights as checkpoints store them.
 
 A dense product is one group. Four output rows at a time are decoded into a few KiB of float32 that stay in
 the first-level cache, then multiplied with every row of `x` in their group: a weight is decoded once a call,
@@ -90,5 +90,41 @@ def linear_mxfp4(
                         pair = blocks[expert, n + i, b, j]
                         rows[i, 32 * b + 2 * j] = values[pair & 15] * s
                         rows[i, 32 * b + 2 * j + 1] = values[pair >> 4] * s
+            for r in range(starts[group], starts[group + 1]):
+                _dot4(rows, x, y, r, n, count)
+
+
+@njit(parallel=True, cache=True, fastmath=_DOT, boundscheck=False)
+def linear_int8(
+    x: Array, codes: Array, scales: Array, shift: int, least: int, unit: float, groups: Array, starts: Array,
+    y: Array,
+) -> None:  # fmt: skip
+    """Write `y[r] = dequantised[groups[g]] @ x[r]` for r in starts[g]:starts[g + 1], from int8 codes.
+
+    x float32 (R, K), codes int8 (E, N, K), scales (E, N, K / group), groups int32 (G,), starts int32
+    (G + 1,), y float32 (R, N). Scales are the bits of bf16 or fp16 as uint16, or E8M0 uint8: moved left by
+    `shift`, at least `least`, they are those of a float32, to be multiplied by `unit`.
+    """
+    N, B = scales.shape[1:]
+    K = codes.shape[2]
+    group_size = K // B
+    tasks = (N + TASK - 1) // TASK
+    for task in prange(len(groups) * tasks):
+        group = task // tasks
+        expert = groups[group]
+        rows = np.zeros((ROWS, K), np.float32)
+        bits = np.empty(1, np.uint32)
+        scale = bits.view(np.float32)
+        first = (task % tasks) * TASK
+        for n in range(first, min(first + TASK, N), ROWS):
+            count = min(ROWS, N - n)
+            for i in range(count):
+                for b in range(B):
+                    stored = np.uint32(scales[expert, n + i, b])
+                    magnitude = max((stored & np.uint32(0x7FFF)) << np.uint32(shift), np.uint32(least))
+                    bits[0] = magnitude | (stored & np.uint32(0x8000)) << np.uint32(16)
+                    s = scale[0] * np.float32(unit)
+                    for k in range(b * group_size, (b + 1) * group_size):
+                        rows[i, k] = np.float32(codes[expert, n + i, k]) * s
             for r in range(starts[group], starts[group + 1]):
                 _dot4(rows, x, y, r, n, count)

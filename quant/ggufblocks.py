@@ -1,0 +1,74 @@
+"""The blocks of GGUF: MXFP4 and Q8_0 as ggml interleaves them, to and from our codes and scales, exactly.
+
+A block of 32 weights is 17 bytes of MXFP4, the scale first, byte j holding code j in its low nibble and code
+j + 16 in its high one; or 34 bytes of Q8_0, an fp16 scale and 32 codes.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptoss_lite.quant.formats import BLOCK, MXFP4, Format, Int8
+from gptoss_lite.quant.mxfp4 import BLOCK_BYTES
+from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor
+
+MXFP4_BYTES, Q8_0_BYTES = 1 + BLOCK_BYTES, 2 + BLOCK
+FORMATS: dict[str, Format] = {"MXFP4": MXFP4(), "Q8_0": Int8(BLOCK, "float16")}
+
+
+def from_blocks(raw: NDArray[np.uint8], dtype: str) -> MXFP4Tensor | Int8Tensor:
+    """Take blocks apart: raw uint8 (..., K/32, 17) of "MXFP4", or (..., K/32, 34) of "Q8_0"."""
+    if dtype == "Q8_0":
+        scales = np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]
+        codes = np.ascontiguousarray(raw[..., 2:]).view(np.int8)
+        return Int8Tensor(codes.reshape(*codes.shape[:-2], -1), scales)
+    blocks = np.empty((*raw.shape[:-1], BLOCK_BYTES), np.uint8)
+    scales = np.empty(raw.shape[:-1], np.uint8)
+    flat = raw.reshape(-1, MXFP4_BYTES)
+    _kernel("take_apart")(flat, blocks.reshape(-1, BLOCK_BYTES), scales.reshape(-1))
+    return MXFP4Tensor(blocks, scales)
+
+
+def to_blocks(tensor: QTensor) -> NDArray[np.uint8]:
+    """Put a tensor (..., K) together as blocks uint8 (..., K/32, 17 or 34).
+
+    MXFP4, or int8 in groups of 32 with fp16 scales.
+    """
+    match tensor:
+        case MXFP4Tensor(blocks=blocks, scales=scales):
+            raw = np.empty((*scales.shape, MXFP4_BYTES), np.uint8)
+            codes = np.ascontiguousarray(blocks).reshape(-1, BLOCK_BYTES)
+            _kernel("put_together")(
+                codes, np.ascontiguousarray(scales).reshape(-1), raw.reshape(-1, MXFP4_BYTES)
+            )
+        case Int8Tensor(codes=codes, scales=scales):
+            raw = np.empty((*scales.shape, Q8_0_BYTES), np.uint8)
+            raw[..., :2] = np.ascontiguousarray(scales)[..., None].view(np.uint8)
+            raw[..., 2:] = codes.reshape(*scales.shape, BLOCK).view(np.uint8)
+        case _:
+            raise TypeError(f"GGUF has no blocks for {type(tensor).__name__}")
+    return raw
+
+
+def take_apart(raw: NDArray[np.uint8], blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> None:
+    """Write blocks (n, 16) and scales (n,) of MXFP4 from ggml's raw (n, 17): the definition."""
+    codes = np.concatenate([raw[:, 1:] & 15, raw[:, 1:] >> 4], axis=1)  # (n, 32), in order
+    blocks[:] = codes[:, 0::2] | codes[:, 1::2] << 4
+    scales[:] = raw[:, 0]
+
+
+def put_together(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], raw: NDArray[np.uint8]) -> None:
+    """Write ggml's raw (n, 17) from blocks (n, 16) and scales (n,): the definition."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(-1, BLOCK)
+    raw[:, 0] = scales
+    raw[:, 1:] = codes[:, :BLOCK_BYTES] | codes[:, BLOCK_BYTES:] << 4
+
+
+def _kernel(name: str) -> Any:
+    """Return Numba's version of a function above, of the same bytes, or the definition without Numba."""
+    try:
+        from gptoss_lite.kernels.cpu import ggufblocks
+    except ImportError:
+        return globals()[name]
+    return getattr(ggufblocks, name)
