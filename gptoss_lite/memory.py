@@ -15,8 +15,9 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.kernels.cuda.launch import attention, moe
 from gptoss_lite.kernels.cuda.launch.routing import tile_capacity
-from gptoss_lite.kernels.cuda.layout import TILE_ROWS, Format, Layout, gate_up_rows, padded
+from gptoss_lite.kernels.cuda.layout import padded
 from gptoss_lite.sizes import format_gib
+from gptoss_lite.weightbytes import WeightGroup, expert_bytes, weight_groups
 
 # Left free: CUDA's own context and the loaded kernels, 300 to 500 MiB by GPU and driver, and what is lost
 # between allocations.
@@ -24,15 +25,6 @@ RESERVED = 600 << 20
 MOST_SPLITS = 64  # parts that decode attention takes the keys of one sequence in
 _KV_ITEM = 2  # bytes: bf16 or fp16
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class WeightGroup:
-    """Bytes of some of the weights: in the checkpoint, and in the form that the kernels read."""
-
-    name: str
-    checkpoint: int
-    packed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +126,9 @@ def make_plan(
     tokens = config.max_position_embeddings if cache_tokens is None else cache_tokens
     full_kv, sliding_kv = kv_bytes(config, tokens, max_sequences, step_tokens)
     plan = Plan(
-        weights=_weights(config, stored),
+        weights=weight_groups(config, stored),
         num_experts=config.num_local_experts,
-        expert_bytes=tuple(_expert_bytes(config, stored, n) for n in range(config.num_hidden_layers)),
+        expert_bytes=tuple(expert_bytes(config, stored, n) for n in range(config.num_hidden_layers)),
         cache_tokens=tokens,
         full_kv=full_kv,
         sliding_kv=sliding_kv,
@@ -236,77 +228,6 @@ def _experts_label(plan: Plan) -> str:
     if not plan.first_host_layer:
         return "biases of experts"
     return f"experts of layers 0 to {plan.first_host_layer - 1}, biases of all"
-
-
-def _layer_name(layer: int, name: str) -> str:
-    return f"model.layers.{layer}.{name}"
-
-
-def _layout(form: StoredForm, rows: int, columns: int) -> Layout:
-    """The form that the kernels read a matrix in; floats of every width become 16 bits."""
-    match form.dtype:
-        case "MXFP4":
-            return Layout(Format.MXFP4, rows, columns)
-        case "INT8":
-            return Layout(Format.INT8, rows, columns, form.group)
-    return Layout(Format.DENSE, rows, columns)
-
-
-def _matrix_bytes(form: StoredForm, rows: int, columns: int) -> int:
-    """A packed matrix outside the experts, with the int32 list of which row is where."""
-    layout = _layout(form, rows, columns)
-    return layout.nbytes + layout.tiles * TILE_ROWS * 4
-
-
-def _expert_bytes(config: ModelConfig, stored: Mapping[str, StoredForm], layer: int) -> int:
-    """One expert's two packed matrices."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    gate_up = stored[_layer_name(layer, "mlp.experts.gate_up_proj")]
-    down = stored[_layer_name(layer, "mlp.experts.down_proj")]
-    rows = len(gate_up_rows(intermediate))
-    return _layout(gate_up, rows, hidden).nbytes + _layout(down, hidden, intermediate).nbytes
-
-
-def _weights(config: ModelConfig, stored: Mapping[str, StoredForm]) -> tuple[WeightGroup, ...]:
-    """Count every weight; vectors are float32 on the device, routers and embeddings much as stored."""
-    hidden, vocab, E = config.hidden_size, config.vocab_size, config.num_local_experts
-    queries, keys = (
-        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    packed = {
-        "embedding": vocab * hidden * (4 if stored["model.embed_tokens.weight"].dtype == "F32" else 2),
-        "attention": 0,
-        "norms and routers": hidden * 4,  # the last norm
-        "experts": 0,
-        "lm_head": _matrix_bytes(_lm_head(config, stored), vocab, hidden),
-    }
-    for layer in range(config.num_hidden_layers):
-        qkv = stored[_layer_name(layer, "self_attn.q_proj.weight")]
-        out = stored[_layer_name(layer, "self_attn.o_proj.weight")]
-        router = stored[_layer_name(layer, "mlp.router.weight")]
-        packed["attention"] += _matrix_bytes(qkv, queries + 2 * keys, hidden)
-        packed["attention"] += _matrix_bytes(out, hidden, queries)
-        packed["attention"] += 4 * (queries + 2 * keys + hidden + config.num_attention_heads)  # with sinks
-        packed["norms and routers"] += 4 * 2 * hidden
-        packed["norms and routers"] += E * (hidden * (2 if router.dtype == "BF16" else 4) + 4)
-        packed["experts"] += E * _expert_bytes(config, stored, layer)
-        packed["experts"] += E * (4 * (2 * config.intermediate_size + hidden) + 2 * 8)  # with two addresses
-    checkpoint = dict.fromkeys(packed, 0)
-    for name, form in stored.items():
-        checkpoint[_group(name)] += form.nbytes
-    return tuple(WeightGroup(name, checkpoint[name], packed[name]) for name in packed)
-
-
-def _lm_head(config: ModelConfig, stored: Mapping[str, StoredForm]) -> StoredForm:
-    return stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-
-
-def _group(name: str) -> str:
-    """The group of weights that a tensor belongs to."""
-    parts = {
-        "embed_tokens": "embedding", "lm_head": "lm_head", ".self_attn.": "attention", ".experts.": "experts"
-    }  # fmt: skip
-    return next((group for part, group in parts.items() if part in name), "norms and routers")
 
 
 def _placements(plan: Plan, fewest_hot: int) -> Iterator[Plan]:

@@ -13,11 +13,13 @@ from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
 from gptoss_lite.memory import Plan
-from gptoss_lite.ops.base import Array, Linear, Norm, Ops, Pending, Use
+from gptoss_lite.ops.base import Array, Linear, Norm, Ops, Pending, Use, floats, natural
+from gptoss_lite.quant import concatenate
 from gptoss_lite.rope import yarn
 from gptoss_lite.sampling import Draw
 
 Progress = Callable[[int, int], None]  # how much is done, of how much
+_NORM_ROWS = 256  # expanded at a time, so that a large quantised matrix never is as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,15 @@ class WeightReader:
         return Linear(self.matrix(weight, use), self.ops.vector(self.vector(bias)))
 
 
+def _row_norms(weight: Any) -> Array:
+    """Compute the length of each row of a matrix (N, K), some rows at a time."""
+    norms = [
+        np.linalg.norm(floats(weight[first : first + _NORM_ROWS]), axis=1)
+        for first in range(0, weight.shape[0], _NORM_ROWS)
+    ]
+    return np.concatenate(norms)
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention with a learned sink per query head; sliding or full."""
@@ -71,16 +82,15 @@ class Attention:
         parts = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
         out = f"{prefix}.self_attn.o_proj"
         norm, reach = read.norm(f"{prefix}.input_layernorm.weight", config.rms_norm_eps)
-        weights = [read.raw(f"{part}.weight") for part in parts]
+        weights = [natural(read.raw(f"{part}.weight")) for part in parts]
         biases = [read.vector(f"{part}.bias") for part in parts]
         # Attention averages values, so none of its results is larger than the largest of them can be.
-        value_rows = np.linalg.norm(weights[2].astype(np.float32), axis=1)
-        value_reach = float((value_rows * reach + np.abs(biases[2])).max())
+        value_reach = float((_row_norms(weights[2]) * reach + np.abs(biases[2])).max())
         sliding = config.layer_types[layer] == "sliding_attention"
         return cls(
             norm=norm,
             qkv=Linear(
-                ops.prepare(np.concatenate(weights), Use("qkv", layer, reach)),
+                ops.prepare(concatenate(weights), Use("qkv", layer, reach)),
                 ops.vector(np.concatenate(biases)),
             ),
             out=read.linear(f"{out}.weight", f"{out}.bias", Use("out", layer, value_reach)),

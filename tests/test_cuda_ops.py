@@ -22,12 +22,15 @@ from gptoss_lite.model import GptOss
 from gptoss_lite.ops import Ops, get_ops
 from gptoss_lite.ops.cuda import CUDAOps, weights
 from gptoss_lite.ops.cuda.step import drawn_on_device, is_filtered
+from gptoss_lite.packing import CUDA_TILES, PackedTensor, kind_of, pack
 from gptoss_lite.quant import QTensor, quantize
+from gptoss_lite.quant.formats import MXFP4, Format, Int8
 from gptoss_lite.sampling import Draw, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("needs_compiler")
 
 BF16 = ml_dtypes.bfloat16
+EMBEDDING = "model.embed_tokens.weight"
 GREEDY = SamplingParams(temperature=0)
 CONFIG = ModelConfig.from_dict(
     {
@@ -60,7 +63,7 @@ class Synthetic:
             return (1 + rng.standard_normal(hidden, np.float32) / 8).astype(BF16)
 
         tensors: dict[str, Any] = {
-            "model.embed_tokens.weight": matrix(c.vocab_size, hidden), "model.norm.weight": norm(),
+            EMBEDDING: matrix(c.vocab_size, hidden), "model.norm.weight": norm(),
             "lm_head.weight": matrix(c.vocab_size, hidden) * BF16(3),
         }  # fmt: skip
         for layer in range(c.num_hidden_layers):
@@ -94,9 +97,11 @@ class Synthetic:
         dtypes = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
         def form(tensor: Any) -> StoredForm:
-            if isinstance(tensor, QTensor):
-                name = type(tensor).__name__.removesuffix("Tensor").upper()
-                return StoredForm(name, tensor.nbytes, getattr(tensor, "group", 32))
+            match tensor.format if isinstance(tensor, QTensor) else None:
+                case MXFP4():
+                    return StoredForm("MXFP4", tensor.nbytes)
+                case Int8() as int8:
+                    return StoredForm("INT8", tensor.nbytes, int8.group(tensor.shape[-1]))
             return StoredForm(dtypes[tensor.dtype.name], tensor.nbytes)
 
         return {name: form(tensor) for name, tensor in self._tensors.items()}
@@ -209,9 +214,10 @@ def whole(model: GptOss) -> npt.NDArray[Any]:
     return model.logits(prompt(40))
 
 
-def plan_of(device_memory: int | None) -> tuple[GptOss, Plan, Counting]:
+def plan_of(device_memory: int | None, checkpoint: Any = None) -> tuple[GptOss, Plan, Counting]:
     runtime, plans = Counting(), list[Plan]()
-    return load(CUDAOps(runtime, device_memory=device_memory), plans=plans), plans[0], runtime
+    ops = CUDAOps(runtime, device_memory=device_memory)
+    return load(ops, checkpoint, plans=plans), plans[0], runtime
 
 
 def test_embedding_in_host_memory_changes_no_bit(whole: npt.NDArray[Any]) -> None:
@@ -281,6 +287,35 @@ def products_as_int8(name: str, tensor: Any) -> Any:
     return tensor
 
 
+def everything_as(*formats: Format) -> Callable[[str, Any], Any]:
+    """All that may be quantised, each weight in the first format that its rows can be held in."""
+
+    def change(name: str, tensor: Any) -> Any:
+        if name != EMBEDDING and kind_of(name) is None:
+            return tensor
+        values = tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+        columns = values.shape[-1]
+        format = next(f for f in formats if isinstance(f, MXFP4) or columns % f.group(columns) == 0)
+        if isinstance(format, MXFP4):
+            return quantize(values, "mxfp4")
+        return quantize(values, "int8", group=format.group_size, scales=format.scales)
+
+    return change
+
+
+def in_tiles(change: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The same, as a file made for this backend holds it."""
+
+    def packed(name: str, tensor: Any) -> Any:
+        tensor, kind = change(name, tensor), kind_of(name)
+        if kind is None or not isinstance(tensor, QTensor):
+            return tensor
+        data = pack(tensor, kind, CUDA_TILES)
+        return PackedTensor(data, CUDA_TILES, tensor.format, tensor.shape, kind)
+
+    return packed
+
+
 def shifted(name: str, tensor: Any) -> Any:
     """The same network with norms that leave fp16 behind, and weights that make up for it."""
     if name.endswith("norm.weight"):
@@ -304,14 +339,77 @@ def shifted(name: str, tensor: Any) -> Any:
     ids=["float32", "fp16", "bf16 experts", "fp16 experts", "transposed experts", "int8", "beyond fp16"],
 )  # fmt: skip
 def test_every_form_of_weights(change: Callable[[str, Any], Any], bound: float) -> None:
-    tokens = prompt(70, seed=4)  # for which no expert is chosen by a hair's breadth
+    compare_with_reference(change, bound, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("formats", "seed"),
+    [
+        ([MXFP4()], 4), ([Int8(32, "bf16")], 6), ([Int8(64, "float16"), Int8(96, "float16")], 4),
+        ([Int8(None, "float16")], 4), ([Int8(32, "e8m0")], 7),
+    ],
+    ids=["mxfp4", "int8 by 32", "int8 by 64 or 96", "int8 by row", "int8 of powers of two"],
+)  # fmt: skip
+def test_all_of_a_network_can_be_quantised(formats: list[Format], seed: int) -> None:
+    compare_with_reference(everything_as(*formats), 3e-3, seed)
+
+
+def compare_with_reference(change: Callable[[str, Any], Any], bound: float, seed: int) -> None:
+    """Compare rows of a prompt, and token by token; no expert may be chosen by a hair's breadth for it."""
+    tokens = prompt(70, seed)
     checkpoint: Any = Synthetic(change)
     want = GptOss(checkpoint, get_ops("reference")).logits(tokens)
     model = load(checkpoint=checkpoint)
-    assert error(model.logits(tokens), want) <= bound  # rows of a prompt
+    assert error(model.logits(tokens), want) <= bound
     cache = model.ops.new_cache(CONFIG, 8, 8)
     rows = [model(one_row(token, position), cache)[0] for position, token in enumerate(tokens)]
-    assert error(np.stack(rows), want) <= bound  # token by token
+    assert error(np.stack(rows), want) <= bound
+
+
+QUANTISED = {
+    "mxfp4": everything_as(MXFP4()),
+    "int8, bf16": everything_as(Int8(32, "bf16")),
+    "int8, float16": everything_as(Int8(None, "float16")),
+    "int8, e8m0": everything_as(Int8(96, "e8m0"), Int8(64, "e8m0")),
+}
+
+
+@pytest.mark.parametrize("change", QUANTISED.values(), ids=QUANTISED)
+def test_a_quantised_embedding_is_planned_to_the_byte_and_may_lie_on_the_host(
+    change: Callable[[str, Any], Any],
+) -> None:
+    checkpoint = Synthetic(change)
+    model, plan, runtime = plan_of(None, checkpoint)
+    assert (runtime.device, runtime.host) == (plan.weight_bytes, 0)
+    whole = model.logits(prompt(40))
+    model, plan, runtime = plan_of(plan.device_bytes + RESERVED - 1, checkpoint)
+    assert plan.host_embedding and not plan.host_layers
+    assert plan.host_bytes == checkpoint.tensor(EMBEDDING).nbytes
+    assert (runtime.device, runtime.host) == (plan.weight_bytes, plan.host_bytes)
+    np.testing.assert_array_equal(model.logits(prompt(40)), whole)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "int8, bf16"])
+def test_a_quantised_embedding_can_be_the_head_too(format: str) -> None:
+    checkpoint: Any = Synthetic(QUANTISED[format])
+    checkpoint.config = replace(CONFIG, tie_word_embeddings=True)
+    model, plan, runtime = plan_of(None, checkpoint)
+    assert runtime.device == plan.weight_bytes
+    want = GptOss(checkpoint, get_ops("reference")).logits(prompt(40))
+    assert error(model.logits(prompt(40)), want) <= 3e-3
+
+
+@pytest.mark.parametrize("change", QUANTISED.values(), ids=QUANTISED)
+def test_weights_in_tiles_change_no_bit(change: Callable[[str, Any], Any]) -> None:
+    tiled = Synthetic(in_tiles(change))
+    model, plan, runtime = plan_of(None, tiled)
+    assert runtime.device == plan.weight_bytes
+    whole = load(checkpoint=Synthetic(change)).logits(prompt(40))
+    np.testing.assert_array_equal(model.logits(prompt(40)), whole)
+    layer = CONFIG.num_local_experts * plan.expert_bytes[0]
+    model, plan, runtime = plan_of(plan.device_bytes + RESERVED - layer, tiled)
+    assert plan.host_layers and runtime.host == plan.host_bytes
+    np.testing.assert_array_equal(model.logits(prompt(40)), whole)
 
 
 def one_row(token: int, position: int) -> Batch:

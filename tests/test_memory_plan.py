@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,55 @@ def test_odd_sizes_are_padded_to_whole_tiles() -> None:
     # Int8: 1024 bytes of codes, and for 8 pairs of rows a word of two scales for each block of 32 columns.
     int8 = make_plan(settings, _dense(settings, "INT8"), device_bytes=None, step_tokens=STEP)
     assert int8.expert_bytes == (16 * 3 * (1024 + 64) + 10 * 2 * (1024 + 64),) * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_bytes", "in_tiles"),
+    [
+        ("MXFP4", 1, 17),
+        ("INT8", 2, 34),
+        ("INT8", 1, 34),
+    ],  # bytes of a block of 32; tiles have no E8M0 of int8
+    ids=["mxfp4", "int8, bf16", "int8, e8m0"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_weights_are_counted_to_the_byte(
+    checkpoints: dict[str, Checkpoint], dtype: str, scale_bytes: int, in_tiles: int, tied: bool
+) -> None:
+    forms, layers, head = checkpoints["20b"].forms(), SIZES["20b"][0], 201088 * 90
+    natural = (16 if dtype == "MXFP4" else 32) + scale_bytes
+    for name, form in forms.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight", "_proj.weight")):
+            forms[name] = StoredForm(dtype, form.nbytes // 64 * natural)
+    if tied:
+        del forms["lm_head.weight"]
+    settings = replace(checkpoints["20b"].config, tie_word_embeddings=tied)
+    made = make_plan(settings, forms, device_bytes=None, step_tokens=STEP)
+    packed = {group.name: group.packed for group in made.weights}
+    assert packed["embedding"] == head * natural
+    assert packed["lm_head"] == head * in_tiles + 4 * 201088
+    blocks = 5120 * 90 + 2880 * 128  # qkv and o
+    vectors = 4 * (5120 + 2880 + 64)  # biases and sinks
+    assert packed["attention"] == layers * (blocks * in_tiles + vectors + 4 * (5120 + 2880))
+    stored = {group.name: group.checkpoint for group in made.weights}
+    assert (stored["embedding"], stored["lm_head"]) == (head * natural, 0 if tied else head * natural)
+    # On a card where all but the embedding fits, that lies on the host as the checkpoint has it.
+    small = make_plan(
+        settings, forms, device_bytes=made.device_bytes + RESERVED - head * natural, step_tokens=STEP
+    )
+    assert (small.host_embedding, small.host_layers) == (True, 0)
+    assert small.host_bytes == head * natural
+    assert small.device_bytes == made.device_bytes - head * natural
+
+
+def test_a_scale_a_row_takes_two_bytes(checkpoints: dict[str, Checkpoint]) -> None:
+    forms = checkpoints["20b"].forms()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        forms[name] = StoredForm("INT8", 201088 * 2882, 2880)
+    made = make_plan(checkpoints["20b"].config, forms, device_bytes=None, step_tokens=STEP)
+    packed = {group.name: group.packed for group in made.weights}
+    assert packed["embedding"] == 201088 * 2882
+    assert packed["lm_head"] == 201088 * (2882 + 4)
 
 
 def test_every_layout_is_counted_whole(layout: Path) -> None:

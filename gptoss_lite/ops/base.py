@@ -14,6 +14,7 @@ from gptoss_lite.cache import BLOCK_TOKENS, KVCache
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
+from gptoss_lite.packing import PackedTensor
 from gptoss_lite.quant import QTensor
 from gptoss_lite.rope import Rope, rope_tables
 from gptoss_lite.sampling import Draw, Sampled, sample
@@ -95,7 +96,7 @@ class Ops:
 
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Bring a weight matrix, or a stack of them, from the checkpoint's form into this backend's."""
-        return tensor
+        return natural(tensor)
 
     def vector(self, values: Array) -> Any:
         """Bring float32 norms, biases or sinks to the device."""
@@ -119,7 +120,7 @@ class Ops:
 
     def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
         """Look up the batch's tokens -> x float32 (T, hidden), and the rotation that `qkv` wants."""
-        return table[batch.tokens].astype(np.float32), rope_tables(rope, batch.positions)
+        return floats(table[batch.tokens]), rope_tables(rope, batch.positions)
 
     def qkv(
         self, x: Array, norm: Norm, w: Linear, rotation: Any, cache: KVCache, layer: int,
@@ -203,6 +204,17 @@ class Ops:
         return sample(logits, draws)
 
 
+def natural(tensor: Array | QTensor) -> Array | QTensor:
+    """Bring a weight that a converted file has in tiles back into the natural order of its rows."""
+    return tensor.unpack() if isinstance(tensor, PackedTensor) else tensor
+
+
+def floats(tensor: Array | QTensor) -> Array:
+    """Expand a weight, or a part of one, to float32."""
+    values: Array = tensor.dequantize(np) if isinstance(tensor, QTensor) else tensor.astype(np.float32)
+    return values
+
+
 def _rms_norm(x: Array, norm: Norm) -> Array:
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
     y: Array = x / np.sqrt(mean_square + np.float32(norm.eps)) * norm.weight
@@ -210,8 +222,7 @@ def _rms_norm(x: Array, norm: Norm) -> Array:
 
 
 def _linear(x: Array, w: Linear) -> Array:
-    weight = w.weight.dequantize(np) if isinstance(w.weight, QTensor) else w.weight.astype(np.float32)
-    y: Array = x @ weight.T
+    y: Array = x @ floats(w.weight).T
     return y if w.bias is None else y + w.bias
 
 

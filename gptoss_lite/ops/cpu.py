@@ -14,8 +14,8 @@ from gptoss_lite.batch import Batch
 from gptoss_lite.cache import KVCache
 from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cpu import attention, elementwise, linear, sampling
-from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use
-from gptoss_lite.quant import MXFP4Tensor, QTensor
+from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use, natural
+from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
 from gptoss_lite.quant.mxfp4 import E2M1
 from gptoss_lite.rope import Rope, rope_tables
 from gptoss_lite.sampling import Draw, Sampled, sample
@@ -24,6 +24,9 @@ from gptoss_lite.sampling import Draw, Sampled, sample
 _ONE_AT_A_TIME = threading.RLock()
 _CODES = np.asarray(E2M1, np.float32)
 _NO_WINDOW = 2**31 - 1
+# How int8's scales become float32, see linear.linear_int8. The exponent of fp16 is biased by 112 less; byte 0
+# of E8M0 is 2^-127, a subnormal.
+_SCALES = {"bfloat16": (16, 0, 1.0), "float16": (13, 0, 2.0**112), "uint8": (23, 1 << 22, 1.0)}
 
 
 class CPUOps(Ops):
@@ -58,18 +61,20 @@ class CPUOps(Ops):
             return super().run(network, batch, cache)
 
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
-        """Keep MXFP4 packed and bf16 as its bits; float16 becomes float32, which holds it exactly."""
-        match tensor:
-            case MXFP4Tensor():
-                return tensor.map(np.ascontiguousarray)
-            case np.ndarray():
+        """Keep MXFP4 and int8 packed, bf16 as its bits; float16 becomes float32, which holds it exactly."""
+        match natural(tensor):
+            case MXFP4Tensor() | Int8Tensor() as packed:
+                return packed.map(np.ascontiguousarray)
+            case np.ndarray() as tensor:
                 if tensor.dtype == ml_dtypes.bfloat16:
                     return np.ascontiguousarray(tensor).view(np.uint16)
                 return np.ascontiguousarray(tensor, np.float32).view(np.uint32)
         raise TypeError(f"no CPU kernel for {type(tensor).__name__}")
 
-    def embed(self, table: Array, rope: Rope, batch: Batch) -> tuple[Array, Any]:
-        """See Ops.embed; the table holds the bits of bf16 or float32."""
+    def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
+        """See Ops.embed; a table that is not quantised holds the bits of bf16 or float32."""
+        if isinstance(table, QTensor):
+            return super().embed(table, rope, batch)
         shift = 32 - 8 * table.itemsize
         x = (table[batch.tokens].astype(np.uint32) << np.uint32(shift)).view(np.float32)
         return x, rope_tables(rope, batch.positions)
@@ -150,7 +155,8 @@ def _rms_norm(x: Array, norm: Norm) -> Array:
 
 def _dense(x: Array, w: Linear) -> Array:
     one_group, all_rows = np.zeros(1, np.int32), np.array([0, len(x)], np.int32)
-    y = _grouped(x, w.weight[None], one_group, all_rows)
+    stack = w.weight.map(lambda part: part[None]) if isinstance(w.weight, QTensor) else w.weight[None]
+    y = _grouped(x, stack, one_group, all_rows)
     return y if w.bias is None else y + w.bias
 
 
@@ -159,8 +165,12 @@ def _grouped(x: Array, weight: Any, groups: Array, starts: Array) -> Array:
     y = np.empty((len(x), weight.shape[1]), np.float32)
     if not len(x):  # no row's logits are wanted: spare the reading of the weights
         return y
-    if isinstance(weight, MXFP4Tensor):
-        linear.linear_mxfp4(x, weight.blocks, weight.scales, _CODES, groups, starts, y)
-    else:
-        linear.linear_dense(x, weight, groups, starts, y)
+    match weight:
+        case MXFP4Tensor(blocks=blocks, scales=scales):
+            linear.linear_mxfp4(x, blocks, scales, _CODES, groups, starts, y)
+        case Int8Tensor(codes=codes, scales=scales):
+            bits = scales.view(f"u{scales.itemsize}")
+            linear.linear_int8(x, codes, bits, *_SCALES[scales.dtype.name], groups, starts, y)
+        case _:
+            linear.linear_dense(x, weight, groups, starts, y)
     return y

@@ -33,11 +33,14 @@ class Format(IntEnum):
 
 
 class Table(IntEnum):
-    """The type of natural rows, embeddings or weights to pack; as in table.cuh."""
+    """The type of natural rows: embeddings, weights to pack, or scales; as in table.cuh."""
 
     BF16 = 0
     FP16 = 1
     FLOAT32 = 2
+    INT8 = 3
+    MXFP4 = 4
+    E8M0 = 5
 
 
 def padded(columns: int) -> int:
@@ -139,6 +142,13 @@ def _take_rows(array: Array, order: Array) -> Array:
     return taken
 
 
+def _put_rows(array: Array, order: Array) -> Array:
+    """Undo `_take_rows`."""
+    natural = np.empty((*array.shape[:-2], int(order.max()) + 1, array.shape[-1]), array.dtype)
+    natural[..., order[order >= 0], :] = array[..., order >= 0, :]
+    return natural
+
+
 def _pad_columns(array: Array, columns: int) -> Array:
     widths = [(0, 0)] * (array.ndim - 1) + [(0, columns - array.shape[-1])]
     return np.pad(array, widths)
@@ -166,10 +176,31 @@ def pack_int8(layout: Layout, codes: Array, scales: Array, order: Array) -> Arra
     biased = _pad_columns(_take_rows(codes, order), layout.chunks * CHUNK).view(np.uint8) ^ np.uint8(128)
     values = _fragments(biased).swapaxes(-4, -3).swapaxes(-3, -2)  # ..., block, g, t, half, eight
     packed = np.ascontiguousarray(values).reshape(len(codes), -1)
+    return np.concatenate([packed, _pack_int8_scales(layout, scales, order)], axis=1)
+
+
+def _pack_int8_scales(layout: Layout, scales: Array, order: Array) -> Array:
     scales = _pad_columns(_take_rows(scales, order), layout.scale_units)
-    scales = scales.reshape(len(codes), -1, 2, 8, layout.scale_units)  # E, tile, half, g, unit
-    words = np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 2)).reshape(len(codes), -1).view(np.uint8)
-    return np.concatenate([packed, words], axis=1)
+    scales = scales.reshape(len(scales), -1, 2, 8, layout.scale_units)  # E, tile, half, g, unit
+    return np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 2)).reshape(len(scales), -1).view(np.uint8)
+
+
+def unpack_int8(layout: Layout, packed: Array, order: Array) -> tuple[Array, Array]:
+    """Undo `pack_int8`: uint8 (E, layout.nbytes) -> codes int8 (E, N, K), bits of scales uint16."""
+    E = len(packed)
+    values = packed[:, : layout.code_bytes].reshape(E, layout.tiles, layout.chunks, 2, 8, 4, 2, 8)
+    # axes: E, tile, chunk, block, g, t, half, eight -> E, tile, half, g, chunk, block, t, eight
+    natural = values[..., np.argsort(_EIGHT)].transpose(0, 1, 6, 4, 2, 3, 5, 7) ^ np.uint8(128)
+    codes = natural.reshape(E, len(order), -1).view(np.int8)
+    return _put_rows(codes[..., : layout.columns], order), unpack_int8_scales(layout, packed, order)
+
+
+def unpack_int8_scales(layout: Layout, packed: Array, order: Array) -> Array:
+    """Take the scales alone out of what `pack_int8` returned: bits uint16 (E, N, K / group)."""
+    words = np.ascontiguousarray(packed[:, layout.code_bytes :]).view(np.uint16)
+    words = words.reshape(len(packed), layout.tiles, layout.scale_units, 8, 2)
+    natural = words.transpose(0, 1, 4, 3, 2).reshape(len(packed), len(order), layout.scale_units)
+    return _put_rows(natural[..., : layout.columns // layout.group], order)
 
 
 def pack_mxfp4(layout: Layout, blocks: Array, scales: Array, order: Array) -> Array:
@@ -191,10 +222,61 @@ def pack_mxfp4(layout: Layout, blocks: Array, scales: Array, order: Array) -> Ar
         halves |= (code >> 3) << np.uint16(sign) | (code & 7) << np.uint16(magnitude)
     # axes: E, tile, half, g, chunk, block, t, low | high -> E, tile, chunk, g, t, block, half, low | high
     words = np.ascontiguousarray(halves.transpose(0, 1, 4, 3, 6, 5, 2, 7)).reshape(E, -1).view(np.uint8)
-    scales = _pad_columns(_take_rows(scales.astype(np.uint8), order), 2 * layout.chunks)
-    scales = scales.reshape(E, -1, 2, 8, layout.chunks, 2)  # E, tile, half, g, chunk, block
-    packed = np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 5, 2)).reshape(E, -1)
-    return np.concatenate([words, packed], axis=1)
+    return np.concatenate([words, _pack_mxfp4_scales(layout, scales.astype(np.uint8), order)], axis=1)
+
+
+def _pack_mxfp4_scales(layout: Layout, scales: Array, order: Array) -> Array:
+    scales = _pad_columns(_take_rows(scales, order), 2 * layout.chunks)
+    scales = scales.reshape(len(scales), -1, 2, 8, layout.chunks, 2)  # E, tile, half, g, chunk, block
+    return np.ascontiguousarray(scales.transpose(0, 1, 4, 3, 5, 2)).reshape(len(scales), -1)
+
+
+def unpack_mxfp4(layout: Layout, packed: Array, order: Array) -> tuple[Array, Array]:
+    """Undo `pack_mxfp4` for bf16 operands, which loses nothing: blocks (E, N, K / 32, 16) and scales."""
+    E = len(packed)
+    halves = np.ascontiguousarray(packed[:, : layout.code_bytes]).view(np.uint16)
+    halves = halves.reshape(E, layout.tiles, layout.chunks, 8, 4, 2, 2, 2)
+    # axes: E, tile, chunk, g, t, block, half, low | high -> E, tile, half, g, chunk, block, t, low | high
+    halves = halves.transpose(0, 1, 6, 3, 2, 5, 4, 7)
+    codes = [
+        (halves >> np.uint16(sign) & 1) << 3 | halves >> np.uint16(magnitude) & 7
+        for sign, magnitude in _CODE_BITS
+    ]
+    pairs = [(low | high << 4).astype(np.uint8) for low, high in (codes[:2], codes[2:])]
+    blocks = np.stack(pairs, axis=-1).reshape(E, len(order), 2 * layout.chunks, BLOCK // 2)
+    natural = blocks[..., : layout.columns // BLOCK, :].reshape(E, len(order), -1)
+    scales = unpack_mxfp4_scales(layout, packed, order)
+    return _put_rows(natural, order).reshape(*scales.shape, BLOCK // 2), scales
+
+
+def unpack_mxfp4_scales(layout: Layout, packed: Array, order: Array) -> Array:
+    """Take the scales alone out of what `pack_mxfp4` returned: uint8 (E, N, K / 32)."""
+    scales = packed[:, layout.code_bytes :].reshape(len(packed), layout.tiles, layout.chunks, 8, 2, 2)
+    natural = scales.transpose(0, 1, 5, 3, 2, 4).reshape(len(packed), len(order), 2 * layout.chunks)
+    return _put_rows(natural[..., : layout.columns // BLOCK], order)
+
+
+def mxfp4_filled(layout: Layout, order: Array) -> Array:
+    """Mark which scales of what `pack_mxfp4` returns are no padding: uint8 (scales of a matrix,), 1 or 0."""
+    ones = np.ones((1, int(order.max()) + 1, layout.columns // BLOCK), np.uint8)
+    filled: Array = _pack_mxfp4_scales(layout, ones, order)[0]
+    return filled
+
+
+def mxfp4_to_half(layout: Layout, packed: Array, filled: Array) -> tuple[Array, Array]:
+    """Turn what `pack_mxfp4` returned for bf16 operands into what it returns for fp16.
+
+    packed: uint8 (layout.nbytes,), one matrix, of which `mxfp4_filled` says what is no padding -> its codes,
+    which may be a view, and its scales.
+    """
+    codes, scales = packed[: layout.code_bytes], packed[layout.code_bytes :]
+    smallest = np.uint8(MXFP4_HALF_SCALES[0])
+    small = (scales < smallest) & (filled != 0)
+    if small.any():
+        words = codes.copy().view(np.uint32).reshape(-1, 4, 4)  # rows g of a chunk; t; block and half
+        words *= ~small.reshape(-1, 1, 4)
+        codes = words.reshape(-1).view(np.uint8)
+    return codes, filled * (np.maximum(scales, smallest) + np.uint8(MXFP4_SCALE_OFFSET))
 
 
 # Scale bytes that fp16 operands can represent: 2^(s + 14 - 127) is a normal fp16 number.

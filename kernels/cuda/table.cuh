@@ -1,4 +1,4 @@
-// The types of rows in natural order: embeddings, and weights to pack. As layout.Table in Python.
+// The types of rows in natural order: embeddings, weights to pack, and scales. As layout.Table in Python.
 #pragma once
 
-enum Table { BF16, FP16, FLOAT32 };
+enum Table { BF16, FP16, FLOAT32, INT8, MXFP4, E8M0 };

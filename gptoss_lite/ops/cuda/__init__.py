@@ -175,7 +175,7 @@ class CUDAOps(Ops):
         inv_freq = self._scratch.filled("inv_freq", rope.inv_freq)
         dense.embed(
             self._runtime, table.data, batch.tokens, self._tokens, batch.positions, inv_freq, x,
-            rotation, concentration=rope.concentration, fp16=table.is_fp16,
+            rotation, concentration=rope.concentration, fp16=table.is_fp16, scales=table.scales,
         )  # fmt: skip
         return x, rotation
 

@@ -10,19 +10,19 @@ from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cuda import ranges
 from gptoss_lite.kernels.cuda.launch import weights as repack
 from gptoss_lite.kernels.cuda.layout import (
-    HEAD_DIM,
     TILE_ROWS,
     Format,
     Layout,
-    gate_up_rows,
-    plain_rows,
-    rope_rows,
+    mxfp4_filled,
+    mxfp4_to_half,
 )
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
 from gptoss_lite.memory import Plan
 from gptoss_lite.ops.base import Use
 from gptoss_lite.ops.cuda.hot import HotExperts
+from gptoss_lite.packing import PackedTensor, row_order
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
+from gptoss_lite.quant.formats import MXFP4, Int8
 
 _HALF_MAX = 65504.0
 _PIECE = 32 << 20  # bytes of a matrix that are uploaded and repacked at a time
@@ -56,15 +56,16 @@ class Router:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """The embedding (vocab_size, hidden): bits of bf16 or fp16 in uint16, or float32; maybe on the host."""
+    """The embedding, rows as the checkpoint has them, and the scales of those that are packed.
+
+    data: (vocab_size, hidden) bits of bf16 or fp16 in uint16, float32, or int8 codes; or MXFP4 blocks uint8
+    (vocab_size, hidden / 32, 16). Both may be on the host. is_fp16: the 16-bit numbers of either are fp16.
+    """
 
     data: Any
+    scales: Any | None
     is_fp16: bool
-
-    @property
-    def hidden(self) -> int:
-        """Columns."""
-        return int(self.data.shape[1])
+    hidden: int
 
 
 class WeightStore:
@@ -78,6 +79,7 @@ class WeightStore:
         self._runtime = runtime
         self._plan = plan
         self._staging: dict[str, Array] = {}
+        self._filled: dict[tuple[Layout, bytes], npt.NDArray[Any]] = {}
         self.hot = HotExperts(runtime, plan.hot_experts)
         self.bf16: dict[tuple[str, int | None], bool] = {}
         self.vocab_size = 0
@@ -107,35 +109,38 @@ class WeightStore:
     def finish(self) -> None:
         """Let go of what only loading needed."""
         self._staging.clear()
+        self._filled.clear()
 
     def _embedding(self, tensor: Any) -> Table:
-        if isinstance(tensor, QTensor):
-            raise DeviceError(f"no CUDA kernel looks tokens up in {type(tensor).__name__}")
-        bits = tensor if tensor.dtype == np.float32 else tensor.view(np.uint16)
-        is_fp16 = tensor.dtype == np.float16
+        match tensor:
+            case MXFP4Tensor(blocks=rows, scales=scales) | Int8Tensor(codes=rows, scales=scales):
+                floats, placed = scales, self._place(_bits(scales))
+            case _:
+                rows = floats = tensor
+                placed = None
+        return Table(self._place(_bits(rows)), placed, floats.dtype == np.float16, tensor.shape[1])
+
+    def _place(self, array: npt.NDArray[Any]) -> Any:
+        """Copy a part of the embedding to where the plan wants it."""
         if not self._plan.host_embedding:
-            return Table(self.upload(bits), is_fp16)
-        pinned = self._runtime.pinned(bits.shape, bits.dtype)
-        pinned[...] = bits
-        return Table(pinned, is_fp16)
+            return self.upload(array)
+        pinned = self._runtime.pinned(array.shape, array.dtype)
+        pinned[...] = array
+        return pinned
 
     def _matrix(self, tensor: Any, use: Use) -> Matrix:
-        rows = tensor.shape[0]
-        order = rope_rows(rows // HEAD_DIM, HEAD_DIM) if use.kind == "qkv" else plain_rows(rows)
-        layout = self._layout(tensor, rows, use)
+        order = row_order(use.kind, tensor.shape[0])
+        layout = self._layout(tensor, tensor.shape[0], use)
         data = self._runtime.empty((layout.nbytes,), np.uint8)
         self._pack(tensor, order, layout, data, in_order=use.kind != "qkv")
         return Matrix(layout, data, self.upload(order))
 
     def _experts(self, tensor: Any, use: Use) -> Experts:
         assert use.layer is not None
-        experts, rows, _ = tensor.shape
-        if use.kind == "gate_up":  # whose rows are padded in pairs, for their results to be padded
-            order = gate_up_rows(rows // 2)
-            rows = len(order)
-        else:
-            order = plain_rows(rows)
-        layout, runtime = self._layout(tensor, rows, use), self._runtime
+        order = row_order(use.kind, tensor.shape[1])
+        # gate_up's rows are padded in pairs, for their results to be padded
+        rows = len(order) if use.kind == "gate_up" else tensor.shape[1]
+        layout, runtime, experts = self._layout(tensor, rows, use), self._runtime, tensor.shape[0]
         if use.layer < self._plan.first_host_layer:
             records = runtime.empty((experts, layout.nbytes), np.uint8)
             for expert in range(experts):
@@ -146,6 +151,9 @@ class WeightStore:
         pinned = runtime.pinned((experts, layout.nbytes), np.uint8)
         packed = self._staged("packed", (layout.nbytes,), np.uint8)
         for expert in range(experts):
+            if isinstance(tensor, PackedTensor):
+                np.concatenate(self._record(tensor[expert], order, layout), out=pinned[expert])
+                continue
             self._pack(tensor[expert], order, layout, packed)
             runtime.copy(packed, pinned[expert])
         return Experts(layout, self.hot.add(use.layer, pinned), pinned)
@@ -153,13 +161,13 @@ class WeightStore:
     def _layout(self, tensor: Any, rows: int, use: Use) -> Layout:
         """Choose a tensor's packed form, and the type of the operands of its products."""
         columns = tensor.shape[-1]
-        match tensor:
-            case MXFP4Tensor(scales=scales):
-                fits, layout = ranges.mxfp4_fits_half(scales), Layout(Format.MXFP4, rows, columns)
-            case Int8Tensor(scales=scales):
-                is_bf16 = scales.dtype != np.float16
-                fits = ranges.int8_fits_half(scales)
-                layout = Layout(Format.INT8, rows, columns, tensor.group, scale_bf16=is_bf16)
+        match tensor.format if isinstance(tensor, QTensor) else None:
+            case MXFP4():
+                fits, layout = ranges.mxfp4_fits_half(tensor.scales), Layout(Format.MXFP4, rows, columns)
+            case Int8() as format:
+                scales = tensor.scales
+                fits, is_bf16 = ranges.int8_fits_half(scales), scales.dtype != np.float16
+                layout = Layout(Format.INT8, rows, columns, format.group(columns), scale_bf16=is_bf16)
             case _:
                 fits, layout = ranges.dense_fits_half(tensor), Layout(Format.DENSE, rows, columns)
         bf16 = not fits or use.reach > _HALF_MAX
@@ -174,7 +182,12 @@ class WeightStore:
     def _pack(
         self, tensor: Any, order: npt.NDArray[Any], layout: Layout, target: Array, *, in_order: bool = False
     ) -> None:
-        """Upload and repack one matrix; in pieces where its rows stay in order."""
+        """Upload one matrix, and repack it unless it is in tiles; in pieces where its rows stay in order."""
+        if isinstance(tensor, PackedTensor):
+            codes, scales = self._record(tensor, order, layout)
+            self._runtime.upload(codes, target[: codes.size])
+            self._runtime.upload(scales, target[codes.size :])
+            return
         row_bytes = max(1, tensor.nbytes // tensor.shape[0])
         rows = max(1, _PIECE // row_bytes // TILE_ROWS) * TILE_ROWS if in_order else len(order)
         for first in range(0, len(order), rows):
@@ -182,6 +195,18 @@ class WeightStore:
             source = tensor[first : first + rows] if in_order else tensor
             relative = np.where(piece < 0, piece, piece - first) if in_order else piece
             self._pack_piece(source, relative, layout, target, first // TILE_ROWS)
+
+    def _record(
+        self, tensor: PackedTensor, order: npt.NDArray[Any], layout: Layout
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Take codes and scales of a matrix that is in tiles, adapted to the operands of its products."""
+        record = tensor.data
+        if layout.format is not Format.MXFP4 or layout.bf16:
+            return record[: layout.code_bytes], record[layout.code_bytes :]
+        key = layout, order.tobytes()
+        if key not in self._filled:
+            self._filled[key] = mxfp4_filled(layout, order)
+        return mxfp4_to_half(layout, record, self._filled[key])
 
     def _pack_piece(
         self, source: Any, order: npt.NDArray[Any], layout: Layout, target: Array, first_tile: int
@@ -192,13 +217,11 @@ class WeightStore:
                 parts = self._stage("blocks", blocks), self._stage("scales", scales)
                 repack.pack_mxfp4(runtime, *parts, rows, layout, target, first_tile=first_tile)
             case Int8Tensor(codes=codes, scales=scales):
-                bits = scales if scales.dtype == np.uint8 else scales.view(np.uint16)
-                parts = self._stage("codes", codes), self._stage("scales", bits)
+                parts = self._stage("codes", codes), self._stage("scales", _bits(scales))
                 repack.pack_int8(runtime, *parts, rows, layout, target, first_tile=first_tile)
             case _:
                 values = np.ascontiguousarray(source)
-                bits = values if values.dtype == np.float32 else values.view(np.uint16)
-                dense = self._stage("values", bits)
+                dense = self._stage("values", _bits(values))
                 fp16 = values.dtype == np.float16
                 repack.pack_dense(runtime, dense, rows, layout, target, fp16=fp16, first_tile=first_tile)
 
@@ -213,3 +236,8 @@ class WeightStore:
         if name not in self._staging or len(self._staging[name]) < nbytes:
             self._staging[name] = self._runtime.empty((nbytes,), np.uint8)
         return self._staging[name][:nbytes].view(dtype).reshape(shape)
+
+
+def _bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """View bf16 and fp16 as their bits; the rest is as kernels take it."""
+    return array.view(np.uint16) if array.itemsize == 2 else array

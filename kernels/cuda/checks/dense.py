@@ -12,17 +12,17 @@ from gptoss_lite.kernels.cuda.checks.common import (
     Form,
     assert_close,
     assert_same,
+    mxfp4_values,
     random_weights,
     rounded,
     to_values,
     upload,
 )
 from gptoss_lite.kernels.cuda.launch import dense as launch
-from gptoss_lite.kernels.cuda.layout import HEAD_DIM as D
 from gptoss_lite.kernels.cuda.layout import (
+    BLOCK,
     Format,
     Layout,
-    from_bits,
     from_operands,
     operands,
     pack_dense,
@@ -31,12 +31,14 @@ from gptoss_lite.kernels.cuda.layout import (
     rope_rows,
     to_bits,
 )
+from gptoss_lite.kernels.cuda.layout import HEAD_DIM as D
 from gptoss_lite.kernels.cuda.runtime import Runtime
 from gptoss_lite.sampling import philox_uniform
 
 EPS = 1e-5
 # What sums in float32 may lose, of the sum of magnitudes; tensor cores truncate, step by step.
 SUM_ERROR = 1e-5
+_FLUSHED = 128 * 2.0**-127  # the largest number of which the smallest scale, flushed to zero, is a part
 
 KINDS = {
     "dense fp16": Form(Format.DENSE),
@@ -49,6 +51,13 @@ KINDS = {
     "mxfp4 fp16": Form(Format.MXFP4),
     "mxfp4 bf16": Form(Format.MXFP4, bf16=True),
 }
+
+TABLES = (
+    (32, "bf16"), (160, "fp16"), (96, "float32"), (2880, "bf16"),
+    (32, "mxfp4"), (160, "mxfp4"), (2880, "mxfp4"),
+    (160, "int8 by 32, bf16"), (192, "int8 by 64, fp16"), (96, "int8 by 32, e8m0"),
+    (192, "int8 by 96, bf16"), (160, "int8 by row, fp16"), (2880, "int8 by row, e8m0"),
+)  # fmt: skip
 
 
 def _floats(rng: np.random.Generator, *shape: int) -> Array:
@@ -81,24 +90,51 @@ def _normalised(x: Array, weight: Array) -> Array:
     return y
 
 
+def _table(rng: np.random.Generator, rows: int, hidden: int, form: str) -> tuple[Array, Array | None, Array]:
+    """Make an embedding of a form: rows, their scales where it has some, and the float64 values."""
+    kind, _, rest = form.partition(" by ")
+    match kind:
+        case "float32":
+            values = _floats(rng, rows, hidden)
+            return values, None, values.astype(np.float64)
+        case "bf16" | "fp16":
+            bits = to_bits(_floats(rng, rows, hidden), kind == "bf16")
+            return bits, None, to_values(bits, kind == "bf16")
+    if kind == "mxfp4":
+        blocks = rng.integers(0, 256, (rows, hidden // BLOCK, BLOCK // 2)).astype(np.uint8)
+        exponents = rng.integers(0, 252, blocks.shape[:2]).astype(np.uint8)
+        return blocks, exponents, mxfp4_values(blocks, exponents)
+    group, scale_type = rest.split(", ")
+    length = hidden if group == "row" else int(group)
+    codes = rng.integers(-128, 128, (rows, hidden)).astype(np.int8)
+    if scale_type == "e8m0":
+        scales = rng.integers(0, 248, (rows, hidden // length)).astype(np.uint8)
+        factors = np.ldexp(1.0, scales.astype(np.int32) - 127)
+    else:
+        scales = to_bits(rng.uniform(-0.1, 0.1, (rows, hidden // length)), scale_type == "bf16")
+        factors = to_values(scales, scale_type == "bf16")
+    return codes, scales, codes * np.repeat(factors, length, axis=1)
+
+
 def _embed(rt: Runtime, hidden: int, form: str) -> None:
     rng = np.random.default_rng(hidden)
-    values = _floats(rng, 50, hidden)
-    bits = values if form == "float32" else to_bits(values, form == "bf16")
-    natural = values if form == "float32" else from_bits(bits, form == "bf16")
-    table = rt.pinned(bits.shape, bits.dtype)
-    table[...] = bits
+    rows, scales, natural = _table(rng, 50, hidden, form)
+    table = rt.pinned(rows.shape, rows.dtype)
+    table[...] = rows
     positions = np.array([0, 1, -1, 4095, 131071, 77], np.int32)
     tokens, drawn = np.array([49, 0, -99, 7, -2, -1], np.int32), np.array([3, 48], np.int32)
     meant = np.array([49, 0, 0, 7, 48, 3])  # -1 - r is drawn[r]; what an empty row holds is not looked at
     inv_freq = (150000.0 ** (-np.arange(32) / 32)).astype(np.float32)
     x, angles = upload(rt, _nans(6, hidden)), upload(rt, _nans(6, D))
+    on_device = None if scales is None else upload(rt, scales)
     launch.embed(
         rt, table, upload(rt, tokens), upload(rt, drawn), upload(rt, positions), upload(rt, inv_freq), x,
-        angles, concentration=1.25, fp16=form == "fp16",
+        angles, concentration=1.25, fp16="fp16" in form, scales=on_device,
     )  # fmt: skip
     full = positions >= 0
-    assert_same(rt.download(x), np.where(full[:, None], natural[meant], np.float32(0)))
+    got, want = rt.download(x), np.where(full[:, None], natural[meant], 0)
+    # A code and a scale have few enough digits for float32; what is too small for it may be zero.
+    assert_close(got, want, np.where(np.abs(want) < _FLUSHED, _FLUSHED, 0))
     product = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)
     want = np.concatenate([np.cos(product), np.sin(product)], axis=1) * 1.25 * full[:, None]
     # Half a step of float32 above 1, and what the polynomials leave out.
@@ -289,7 +325,7 @@ def _draw_without_logits(rt: Runtime) -> None:
 CHECKS: dict[str, Check] = {
     **{
         f"embed, hidden {hidden}, {form}": partial(_embed, hidden=hidden, form=form)
-        for hidden, form in ((32, "bf16"), (160, "fp16"), (96, "float32"), (2880, "bf16"))
+        for hidden, form in TABLES
     },
     **{
         f"norm, hidden {hidden}, {'bf16' if bf16 else 'fp16'}": partial(_rms_norm, hidden=hidden, bf16=bf16)

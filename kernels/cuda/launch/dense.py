@@ -4,6 +4,7 @@ import numpy as np
 
 from gptoss_lite.kernels.cuda.launch.arguments import matrix, require
 from gptoss_lite.kernels.cuda.layout import (
+    BLOCK,
     BLOCK_TOKENS,
     CHUNK,
     HEAD_DIM,
@@ -20,12 +21,11 @@ _EMBED_THREADS = 128
 _NORM_THREADS = 256
 _OUT_THREADS = 512
 _LM_HEAD_TILES = 8  # that a block makes
-_HIDDEN_MULTIPLE = 32
 
 
 def _require_hidden(hidden: int) -> None:
-    if hidden % _HIDDEN_MULTIPLE:
-        raise ValueError(f"hidden is {hidden}: must be a multiple of {_HIDDEN_MULTIPLE}")
+    if hidden % BLOCK:
+        raise ValueError(f"hidden is {hidden}: must be a multiple of {BLOCK}")
 
 
 def _groups(columns: int) -> int:
@@ -39,11 +39,13 @@ def _staged_bytes(columns: int, hidden: int) -> int:
 
 def embed(
     rt: Runtime, table: Array, tokens: Array, drawn: Array, positions: Array, inv_freq: Array, x: Array,
-    angles: Array, *, concentration: float, fp16: bool,
+    angles: Array, *, concentration: float, fp16: bool, scales: Array | None = None,
 ) -> None:  # fmt: skip
     """Look up tokens, and compute the rotation of their positions.
 
-    table (vocab, hidden): float32, or in uint16 the bits of fp16 or else bf16, in device or pinned memory.
+    table (vocab, hidden): float32, or in uint16 the bits of bf16, of fp16 where `fp16` says so; or with
+    scales, codes int8 (vocab, hidden) or MXFP4 blocks uint8 (vocab, hidden / 32, 16). scales (vocab, hidden /
+    group): E8M0 bytes, or for int8 bits in uint16 likewise. Both lie in device or pinned memory.
     tokens int32 (T,), where -1 - r stands for drawn[r], int32 (R,); positions int32 (T,), -1 for an empty
     row, which gets zeros; inv_freq float32 (32,). x float32 (T, hidden); angles float32 (T, 64): the cosines
     of the 32 angles float32(position * inv_freq), then the sines, both times the concentration.
@@ -51,8 +53,7 @@ def embed(
     T, hidden = x.shape
     require("x", x, np.float32, None, None)
     _require_hidden(hidden)
-    is_float32 = table.dtype == np.float32
-    require("table", table, np.float32 if is_float32 else np.uint16, None, hidden)
+    types = _require_table(table, scales, hidden, fp16)
     require("tokens", tokens, np.int32, T)
     require("drawn", drawn, np.int32, None)
     require("positions", positions, np.int32, T)
@@ -60,10 +61,32 @@ def embed(
     require("angles", angles, np.float32, T, HEAD_DIM)
     if T == 0:
         return
-    args = [np.uint64(rt.address(table)), tokens, drawn, positions, inv_freq, x, angles]
-    table_type = Table.FLOAT32 if is_float32 else Table.FP16 if fp16 else Table.BF16
-    scalars = [i32(hidden), i32(table_type), f32(concentration)]
+    addresses = [np.uint64(0 if part is None else rt.address(part)) for part in (table, scales)]
+    args = [*addresses, tokens, drawn, positions, inv_freq, x, angles]
+    group = hidden if scales is None else hidden // scales.shape[1]
+    scalars = [i32(hidden), *map(i32, types), i32(group), f32(concentration)]
     rt.launch(Kernel("embed.cu", "embed"), (T,), _EMBED_THREADS, args + scalars)
+
+
+def _require_table(table: Array, scales: Array | None, hidden: int, fp16: bool) -> tuple[Table, Table]:
+    """Check a table to look tokens up in -> its type, and that of its scales where it has some."""
+    sixteen_bits = Table.FP16 if fp16 else Table.BF16
+    if scales is None:
+        is_float32 = table.dtype == np.float32
+        require("table", table, np.float32 if is_float32 else np.uint16, None, hidden)
+        return Table.FLOAT32 if is_float32 else sixteen_bits, sixteen_bits
+    e8m0 = scales.dtype == np.uint8
+    if table.dtype == np.uint8:
+        require("table", table, np.uint8, None, hidden // BLOCK, BLOCK // 2)
+        require("scales", scales, np.uint8, table.shape[0], hidden // BLOCK)
+        return Table.MXFP4, Table.E8M0
+    require("table", table, np.int8, None, hidden)
+    require("scales", scales, np.uint8 if e8m0 else np.uint16, table.shape[0], None)
+    if scales.shape[1] == 0 or hidden % (BLOCK * scales.shape[1]):
+        raise ValueError(
+            f"scales are {scales.shape[1]} a row of {hidden}: each must be for a multiple of {BLOCK} columns"
+        )
+    return Table.INT8, Table.E8M0 if e8m0 else sixteen_bits
 
 
 def rms_norm(
