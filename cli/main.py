@@ -14,7 +14,10 @@ from gptoss_lite.errors import GptOssError
 
 COMMANDS = {
     "chat": "gptoss_lite.cli.chat:chat",
+    "convert": "gptoss_lite.cli.convert:convert",
     "generate": "gptoss_lite.cli.generate:generate",
+    "inspect": "gptoss_lite.cli.inspect:inspect",
+    "quantize": "gptoss_lite.cli.quantize:quantize",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 CLOSED_PIPE = 141  # 128 + SIGPIPE

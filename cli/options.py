@@ -55,7 +55,8 @@ def _check_device(_ctx: click.Context, _param: click.Parameter, value: str) -> s
     return value
 
 
-def _read_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+def read_size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """Read a size such as 8GB as bytes; a click callback."""
     from gptoss_lite.sizes import parse_size
 
     try:
@@ -100,7 +101,11 @@ def _choice(max_tokens: int | None, stop: tuple[str, ...], **sampling: Any) -> d
 model_options = _bundle(
     "load_model",
     lambda **values: functools.partial(load, **values),
-    model={"default": "demo", "help": "Checkpoint directory; the bundled `demo` by default."},
+    model={
+        "metavar": "PATH|NAME",
+        "default": "demo",
+        "help": "Checkpoint, or org/name, 20b or 120b from the hub; the bundled `demo` by default.",
+    },
     device={
         "metavar": "auto|cpu|cuda[:N]|reference",
         "callback": _check_device,
@@ -110,7 +115,7 @@ model_options = _bundle(
     },
     device_memory={
         "metavar": "SIZE",
-        "callback": _read_size,
+        "callback": read_size,
         "help": "Most memory to take of a GPU, 8GB say; all that is free by default.",
     },
     cache_tokens={

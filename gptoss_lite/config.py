@@ -9,6 +9,7 @@ from gptoss_lite.errors import CheckpointError
 ATTENTION_KINDS = ("sliding_attention", "full_attention")
 
 _MXFP4_BLOCK = 32
+_QUANT_METHODS = ("mxfp4", "gptoss-lite")
 _EXPERT_KEYS = ("num_local_experts", "num_experts_per_tok")
 _ORIGINAL_EXPERT_KEYS = ("num_experts", "experts_per_token")
 _MAX_POSITION = 2**31 - 1  # positions and token ids are int32
@@ -75,7 +76,8 @@ class RopeConfig:
 class ModelConfig:
     """Hyperparameters of one gpt-oss network, named after the keys of a Hugging Face config.json.
 
-    quant_method: "mxfp4" where the experts are stored packed, None where everything is stored dense.
+    quant_method: "mxfp4" where the experts are stored packed, "gptoss-lite" where weights have formats of
+    their own, None where everything is stored dense.
     """
 
     vocab_size: int
@@ -200,6 +202,7 @@ def _quant_method(top: _Section) -> str | None:
     quantization = top.section("quantization_config")
     if quantization is None:
         return None
-    if quantization.values.get("quant_method") != "mxfp4":
-        raise quantization.error("quant_method", "'mxfp4', or quantization_config absent")
-    return "mxfp4"
+    method = quantization.values.get("quant_method")
+    if method not in _QUANT_METHODS:
+        raise quantization.error("quant_method", "'mxfp4' or 'gptoss-lite', or quantization_config absent")
+    return str(method)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import tiktoken
 
 from gptoss_lite import vocab
+from gptoss_lite.checkpoint import gguf_vocabulary
 from gptoss_lite.errors import CheckpointError
 
 HARMONY_TOKENS = (
@@ -73,6 +74,11 @@ class Tokenizer:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not sound JSON: {error}") from error
+        return cls.from_document(document, vocab_size, str(path))
+
+    @classmethod
+    def from_document(cls, document: Any, vocab_size: int, source: str) -> Self:
+        """Read a parsed tokenizer.json; CheckpointError, naming the source, says what is not supported."""
         try:
             pattern, ranks, special = _read_document(document)
             _check_ids(ranks, special, vocab_size)
@@ -81,7 +87,7 @@ class Tokenizer:
             return tokenizer
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             problem = str(error) if type(error) is ValueError else f"not a tokenizer file ({error!r})"
-            raise CheckpointError(f"{path}: {problem}") from error
+            raise CheckpointError(f"{source}: {problem}") from error
 
     def _check_pattern(self) -> None:
         """Raise ValueError if the pattern leaves out parts of a text, which would silently be lost."""
@@ -146,12 +152,19 @@ class StreamDecoder:
         return rest
 
 
-def load_tokenizer(directory: str | Path, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer of a checkpoint directory whose logits are `vocab_size` wide.
+def load_tokenizer(checkpoint: str | Path, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of a checkpoint, a directory or a GGUF file, whose logits are `vocab_size` wide.
 
-    Without a tokenizer.json the embedded vocabulary stands in, if the size is that of gpt-oss.
+    Where there is none the embedded vocabulary stands in, if the size is that of gpt-oss.
     """
-    path = Path(directory) / "tokenizer.json"
+    path = Path(checkpoint)
+    if path.is_file():
+        document = gguf_vocabulary.read(path)
+        if document is not None:
+            return Tokenizer.from_document(document, vocab_size, str(path))
+        path = path.with_name("tokenizer.json")
+    else:
+        path /= "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(path, vocab_size)
     if vocab_size == EMBEDDED_VOCAB_SIZE:

@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from bench.gpu.device import Device, Result, bits16, first_line, median
 from bench.gpu.timing import network
-from gptoss_lite.checkpoint import Checkpoint, _expected, _Piece, open_checkpoint
+from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
+from gptoss_lite.checkpoint.directory import pair_shapes
+from gptoss_lite.checkpoint.names import names
+from gptoss_lite.checkpoint.weights import Dense, MXFP4Pair, Weight
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request, TokenEvent
 from gptoss_lite.errors import OutOfMemoryError
@@ -52,18 +55,27 @@ def made_checkpoint(config: ModelConfig) -> MadeCheckpoint:
     """Make random weights under the names and in the shapes of gpt-oss's own packed checkpoints."""
     rng = np.random.default_rng(0)
     made: dict[tuple[str, tuple[int, ...]], npt.NDArray[np.uint8]] = {}
-    pieces = {}
-    for name, _, shape in _expected(config, "mxfp4"):
-        kind = next(
-            (end for end in ("norm.weight", "blocks", "scales", "bias") if name.endswith(end)), "matrix"
-        )
+
+    def tensor(name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> MadeTensor:
         key = (name if "router" in name else kind), shape
         if key not in made:
             made[key] = _numbers(rng, kind, shape)
-        dtype = "U8" if kind in ("blocks", "scales") else "BF16"
-        tensor = MadeTensor(Path("made"), name, dtype, shape, made[key], None)
-        pieces[name] = _Piece(tensor, slice(0, shape[0]))
-    return MadeCheckpoint(Path("made"), config, "mxfp4", pieces)
+        return MadeTensor(Path("made"), name, dtype, shape, made[key], None)
+
+    weights: dict[str, Weight] = {}
+    for name in names(config):
+        if name.is_experts:
+            blocks, scales = pair_shapes(name.shape)
+            weights[name.name] = MXFP4Pair(
+                name.shape,
+                tensor(f"{name.name}_blocks", "blocks", "U8", blocks),
+                tensor(f"{name.name}_scales", "scales", "U8", scales),
+            )
+        else:
+            kind = next((end for end in ("norm.weight", "bias") if name.name.endswith(end)), "matrix")
+            stored = tensor(name.name, kind, "BF16", name.shape)
+            weights[name.name] = Dense(name.shape, stored, slice(0, name.shape[0]))
+    return MadeCheckpoint(Path("made"), config, "mxfp4", {}, weights)
 
 
 def _numbers(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

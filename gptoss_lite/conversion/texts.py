@@ -1,0 +1,226 @@
+"""What stands beside the weights: config.json in a target's spelling, the tokenizer, other small files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptoss_lite.checkpoint import Checkpoint, gguf, gguf_vocabulary
+from gptoss_lite.checkpoint.quantization import Quantization, summarised
+from gptoss_lite.config import ATTENTION_KINDS, ModelConfig, RopeConfig
+from gptoss_lite.conversion.targets import TILES
+from gptoss_lite.errors import CheckpointError, FormatError
+from gptoss_lite.quant.formats import MXFP4, Format, Int8
+from gptoss_lite.quant.gguffile import read_file
+from gptoss_lite.quant.tensorfile import abbreviated, parse_json, read_json
+from gptoss_lite.tokenizer import EMBEDDED_VOCAB_SIZE, Tokenizer
+from gptoss_lite.vocab.document import embedded
+
+TOKENIZER = "tokenizer.json"
+CARRIED = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", "LICENSE", "USAGE_POLICY", "NOTICE", "README.md",
+)  # fmt: skip
+
+_FILE_KEY = "gptoss-lite.file."  # GGUF's keys for such files, in those we write
+_GGUF_TEMPLATE = "tokenizer.chat_template"
+_MOSTLY_MXFP4 = 38  # ggml's number for the type of a file
+
+
+def huggingface_config(
+    checkpoint: Checkpoint, target: str, forms: Mapping[str, Format | str]
+) -> dict[str, Any]:
+    """Spell config.json as Hugging Face does: the source's own keys where it has such, less its formats."""
+    settings = dict(checkpoint.settings)
+    if "model_type" not in settings:
+        settings = _huggingface(checkpoint.config)
+    settings.pop("quantization_config", None)
+    quantised = {name: form for name, form in forms.items() if isinstance(form, MXFP4 | Int8)}
+    patterns = summarised(quantised, checkpoint.config.num_hidden_layers)
+    section = Quantization(patterns, TILES.get(target)).to_config()
+    return settings | ({} if section is None else {"quantization_config": section})
+
+
+def original_config(config: ModelConfig) -> dict[str, Any]:
+    """Spell config.json as OpenAI's original/ does; raises FormatError for what that has no key for."""
+    rope = config.rope
+    extended = int(rope.original_max_position_embeddings * rope.factor)
+    _refuse_loss("original", {
+        "layer_types": (config.layer_types, _alternating(config)),
+        "rms_norm_eps": (config.rms_norm_eps, 1e-5),
+        "rope_scaling.truncate": (rope.truncate, False),
+        "max_position_embeddings": (config.max_position_embeddings, extended),
+    })  # fmt: skip
+    return {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_experts": config.num_local_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "swiglu_limit": config.swiglu_limit,
+        "head_dim": config.head_dim,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "sliding_window": config.sliding_window,
+        "initial_context_length": rope.original_max_position_embeddings,
+        "rope_theta": rope.theta,
+        "rope_scaling_factor": rope.factor,
+        "rope_ntk_alpha": rope.beta_slow,
+        "rope_ntk_beta": rope.beta_fast,
+    }
+
+
+def _refuse_loss(target: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise FormatError for the first setting that is not what a layout without a key for it means."""
+    for key, (value, meant) in settings.items():
+        if value != meant:
+            raise FormatError(
+                f"--to {target} would lose {key}, {abbreviated(value)}: it has no key for that, and"
+                f" {abbreviated(meant)} is meant; --to hf would not"
+            )
+
+
+def _alternating(config: ModelConfig) -> tuple[str, ...]:
+    return tuple(ATTENTION_KINDS[layer % 2] for layer in range(config.num_hidden_layers))
+
+
+def gguf_metadata(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Make GGUF's keys: llama.cpp's for the model and its tokenizer, and ours for what those leave out.
+
+    Raises FormatError for a network that llama.cpp's gpt-oss is not.
+    """
+    config, prefix = checkpoint.config, gguf.ARCHITECTURE
+    _refuse_loss("gguf", {
+        "layer_types": (config.layer_types, _alternating(config)), "swiglu_limit": (config.swiglu_limit, 7.0),
+    })  # fmt: skip
+    values: dict[str, Any] = {
+        "general.architecture": prefix,
+        "general.type": "model",
+        "general.file_type": _MOSTLY_MXFP4,
+        "general.quantization_version": 2,
+    }
+    values |= {
+        f"{prefix}.{key}": getattr(config, name) for name, key in gguf.KEYS.items() if name != "rope_theta"
+    }
+    values |= {
+        f"{prefix}.feed_forward_length": config.intermediate_size,
+        f"{prefix}.attention.value_length": config.head_dim,
+        f"{prefix}.rope.dimension_count": config.head_dim,
+        f"{prefix}.rope.freq_base": float(config.rope.theta),
+        f"{prefix}.vocab_size": config.vocab_size,
+    }
+    if config.rope.factor != 1.0:
+        values |= _gguf_rope(prefix, config.rope)
+    vocabulary: dict[str, Any] = {"tokenizer.ggml.model": "none"}
+    if TOKENIZER in files:
+        document = parse_json(files[TOKENIZER], TOKENIZER)
+        Tokenizer.from_document(document, config.vocab_size, TOKENIZER)  # raises if it is not sound
+        vocabulary = gguf_vocabulary.to_metadata(document, config.vocab_size)
+    if "chat_template.jinja" in files:
+        vocabulary[_GGUF_TEMPLATE] = files["chat_template.jinja"].decode("utf-8", "replace")
+    settings = huggingface_config(checkpoint, "hf", {})
+    carried = {
+        f"{_FILE_KEY}{name}": text.decode("utf-8", "replace")
+        for name, text in files.items()
+        if text and name not in (TOKENIZER, "chat_template.jinja")
+    }
+    return values | vocabulary | {gguf.CONFIG: json.dumps(settings)} | carried
+
+
+def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Gather the small files of a checkpoint, its tokenizer among them: contents by name.
+
+    What a GGUF file has in its metadata becomes files again. OpenAI's original/ lies in a directory with the
+    rest; and where there is no tokenizer but the vocabulary's size is gpt-oss's, it is the embedded one.
+    """
+    path = checkpoint.path
+    files = _from_gguf(path) if checkpoint.layout == "gguf" else {}
+    if checkpoint.layout != "gguf":
+        places = [path]
+        if (
+            checkpoint.layout == "original"
+            and not (path / TOKENIZER).exists()
+            and _is_huggingface(path.parent)
+        ):
+            places.append(path.parent)
+        for name in CARRIED:
+            found = next((place / name for place in places if (place / name).is_file()), None)
+            if found is not None:
+                files[name] = found.read_bytes()
+    if TOKENIZER not in files and checkpoint.config.vocab_size == EMBEDDED_VOCAB_SIZE:
+        files[TOKENIZER] = _document(embedded())
+    return files
+
+
+def _from_gguf(path: Path) -> dict[str, bytes]:
+    metadata = read_file(path).metadata
+    files = {
+        key.removeprefix(_FILE_KEY): value.encode()
+        for key, value in metadata.items()
+        if key.removeprefix(_FILE_KEY) in CARRIED and isinstance(value, str)
+    }
+    if isinstance(template := metadata.get(_GGUF_TEMPLATE), str):
+        files["chat_template.jinja"] = template.encode()
+    if (document := gguf_vocabulary.to_document(metadata, str(path))) is not None:
+        files[TOKENIZER] = _document(document)
+    return files
+
+
+def _is_huggingface(directory: Path) -> bool:
+    try:
+        return read_json(directory / "config.json").get("model_type") == "gpt_oss"
+    except CheckpointError:
+        return False
+
+
+def _document(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode()
+
+
+def _gguf_rope(prefix: str, rope: RopeConfig) -> dict[str, Any]:
+    """YaRN as llama.cpp spells it; whether its range is rounded stands in the config that goes along."""
+    return {
+        f"{prefix}.rope.scaling.type": "yarn",
+        f"{prefix}.rope.scaling.factor": float(rope.factor),
+        f"{prefix}.rope.scaling.original_context_length": rope.original_max_position_embeddings,
+        f"{prefix}.rope.scaling.yarn_beta_fast": float(rope.beta_fast),
+        f"{prefix}.rope.scaling.yarn_beta_slow": float(rope.beta_slow),
+    }
+
+
+def _huggingface(config: ModelConfig) -> dict[str, Any]:
+    """Spell what original/ says as Hugging Face's config.json of the same model does."""
+    rope = config.rope
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initial_context_length": rope.original_max_position_embeddings,
+        "intermediate_size": config.intermediate_size,
+        "layer_types": list(config.layer_types),
+        "max_position_embeddings": config.max_position_embeddings,
+        "model_type": "gpt_oss",
+        "num_attention_heads": config.num_attention_heads,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "num_local_experts": config.num_local_experts,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": {
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "rope_type": "yarn",
+            "truncate": rope.truncate,
+        },
+        "rope_theta": rope.theta,
+        "sliding_window": config.sliding_window,
+        "swiglu_limit": config.swiglu_limit,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": "bfloat16",
+        "vocab_size": config.vocab_size,
+    }
