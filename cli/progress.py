@@ -11,6 +11,8 @@ import click
 import gptoss_lite as gl
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.progress import Progress
 
     from gptoss_lite.memory import Plan
@@ -75,6 +77,14 @@ class Bar:
         self._bar = bar
 
 
+def fetch(model: str) -> "Path":
+    """Find a model by its path or name as `gptoss_lite.hub.resolve` does, showing how far a download is."""
+    from gptoss_lite.hub import resolve
+
+    with Bar(f"Downloading {model}", bytes_counted=True) as bar:
+        return resolve(model, bar.advance)
+
+
 def load(model: str, device: str, **options: Any) -> "Loaded":
     """Load a model and its tokenizer as `gptoss_lite.load` does, showing what goes where and how far it is.
 
@@ -87,8 +97,9 @@ def load(model: str, device: str, **options: Any) -> "Loaded":
         if plan.host_layers or (sys.stderr is not None and sys.stderr.isatty()):
             click.echo("\n".join(lines(plan)), err=True)
 
+    path = fetch(model)
     with Bar(f"Loading {model}", bytes_counted=True) as bar:
-        return gl.load(model, device, **options, progress=bar.advance, planned=tell)
+        return gl.load(path, device, **options, progress=bar.advance, planned=tell)
 
 
 def stream(

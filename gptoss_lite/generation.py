@@ -6,9 +6,9 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import aclosing
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from gptoss_lite import hub
 from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
@@ -37,7 +37,6 @@ __all__ = [
 
 Prompt = str | Sequence[int]
 Chat = Sequence[Mapping[str, Any] | Message]
-_DEMO = Path(__file__).parent / "demo"
 _CHAT_OPTIONS = ("reasoning_effort", "instructions", "tools", "response_format", "date")
 
 
@@ -86,8 +85,10 @@ def load(
     device: str = "auto",
     **options: Unpack[LoadOptions],
 ) -> tuple[GptOss, Tokenizer]:
-    """Load a checkpoint directory, or the bundled model by the name "demo"; weights stay packed.
+    """Load a checkpoint directory, or a model by its name; weights stay packed.
 
+    A name is "demo", the bundled model; "20b" or "120b", OpenAI's own; or `org/name` on the Hugging Face hub,
+    perhaps with `@revision`, which is downloaded once and takes the extra `hub`.
     device: "auto", "cpu", "cuda", "cuda:1" and so on, "reference", or "emulated", the GPU's kernels on a CPU.
     Raises CheckpointError for a damaged or foreign checkpoint, DeviceError for a device that is not there,
     OutOfMemoryError, before anything is read, for a GPU with too little memory.
@@ -212,7 +213,7 @@ def _load(checkpoint: Checkpoint, device: str, options: LoadOptions) -> GptOss:
 
 
 def _open(path: str | os.PathLike[str]) -> Checkpoint:
-    return open_checkpoint(_DEMO if path == "demo" else path)
+    return open_checkpoint(hub.resolve(path))
 
 
 def _stream(
