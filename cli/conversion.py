@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from gptoss_lite.cli.options import read_size
-from gptoss_lite.cli.progress import Bar
+from gptoss_lite.cli.printing import one_line
+from gptoss_lite.cli.progress import Bar, fetch
 from gptoss_lite.tables import aligned
 
 if TYPE_CHECKING:
+    from gptoss_lite.checkpoint import Checkpoint
     from gptoss_lite.conversion.plan import Plan
 
 Command: TypeAlias = Callable[..., None]
@@ -32,6 +34,19 @@ def conversion_options(command: Command) -> Command:
     ):
         command = decorate(command)
     return command
+
+
+def open_source(source: str) -> "Checkpoint":
+    """Open what is to be converted, and tell what of it will be left out."""
+    from gptoss_lite.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(fetch(source))
+    if ignored := checkpoint.ignored:
+        others = f" and {len(ignored) - 1} more" if ignored[1:] else ""
+        click.echo(
+            f"Note: left out, for the network does not ask for it: {one_line(ignored[0])}{others}.", err=True
+        )
+    return checkpoint
 
 
 def show_plan(plan: "Plan") -> list[str]:

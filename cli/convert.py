@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from gptoss_lite.cli.conversion import conversion_options, echo, plan_document, run, show_plan
-from gptoss_lite.cli.progress import fetch
+from gptoss_lite.cli.conversion import conversion_options, echo, open_source, plan_document, run, show_plan
 
 TARGETS = ("hf", "bf16", "original", "gguf", "packed-cpu", "packed-cuda")
 
@@ -35,13 +34,11 @@ def convert(
     SOURCE is a directory in any layout or a GGUF file; or a name: demo, 20b, 120b, or org/name on the hub.
     What a layout cannot hold exactly is refused. An interrupted run goes on when the command is repeated.
     """
-    from gptoss_lite.checkpoint import open_checkpoint
     from gptoss_lite.conversion import plan_conversion
     from gptoss_lite.conversion.files import SHARD_BYTES
     from gptoss_lite.sizes import format_bytes
 
-    checkpoint = open_checkpoint(fetch(source))
-    plan = plan_conversion(checkpoint, destination, target, shard_bytes=shard_size or SHARD_BYTES)
+    plan = plan_conversion(open_source(source), destination, target, shard_bytes=shard_size or SHARD_BYTES)
     if dry_run:
         echo(plan_document(plan), show_plan(plan), as_json)
         return

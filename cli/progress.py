@@ -66,10 +66,21 @@ class Bar:
 
     def _appear(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        count = DownloadColumn(binary_units=True) if self._bytes_counted else MofNCompleteColumn()
-        columns = TextColumn("{task.description}"), BarColumn(), count
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+        if self._bytes_counted:
+            columns += [DownloadColumn(binary_units=True), TimeRemainingColumn()]
+        else:
+            columns.append(MofNCompleteColumn())
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
         done, total = self._state
         bar.add_task(self._label, completed=done, total=total)

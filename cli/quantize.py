@@ -6,8 +6,7 @@ from typing import Literal
 import click
 
 from gptoss_lite import __version__
-from gptoss_lite.cli.conversion import conversion_options, echo, plan_document, run, show_plan
-from gptoss_lite.cli.progress import fetch
+from gptoss_lite.cli.conversion import conversion_options, echo, open_source, plan_document, run, show_plan
 
 CHOICES = click.Choice(["mxfp4", "int8", "keep"])
 
@@ -94,7 +93,6 @@ def quantize(
     DESTINATION gets Hugging Face's layout. An interrupted run goes on when the command is repeated.
     """
     from gptoss_lite.calibrate import read_rows
-    from gptoss_lite.checkpoint import open_checkpoint
     from gptoss_lite.conversion import plan_quantization
     from gptoss_lite.conversion.cost import tensor_reports
     from gptoss_lite.conversion.files import SHARD_BYTES
@@ -102,10 +100,12 @@ def quantize(
     from gptoss_lite.quant.report import Report, lines, to_json
     from gptoss_lite.tokenizer import load_tokenizer
 
+    if report is not None and not report.parent.is_dir():
+        raise click.UsageError(f"--report {report}: {report.parent} is not a directory")
     given = {"experts": experts, "attention": attention, "lm_head": lm_head, "embedding": embedding}
     groups = {group: choice for group, choice in given.items() if choice is not None}
     policy = make_policy(preset, groups=groups, tensors=tensors, group_size=group_size, scales=scales)
-    checkpoint = open_checkpoint(fetch(source))
+    checkpoint = open_source(source)
     rows = None
     if calibrate is not None:
         tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
@@ -123,6 +123,10 @@ def quantize(
         return
     seconds = run(plan, workers)
     if seconds is None:
+        if report is not None or as_json:
+            raise click.ClickException(
+                f"no report: what quantising cost is known when {destination} is written"
+            )
         return
     asked = (
         f"preset {preset}",

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from gptoss_lite.checkpoint.names import EMBEDDING, Name
 from gptoss_lite.checkpoint.weights import Part
 from gptoss_lite.errors import RequestError
 from gptoss_lite.model import Block, Experts, Progress, WeightReader
-from gptoss_lite.ops import Linear, Norm, Ops, Use, get_ops
+from gptoss_lite.ops import Linear, Norm, Ops, Use
 from gptoss_lite.quant import QTensor
 from gptoss_lite.quant.codecs import encode
 from gptoss_lite.quant.formats import MXFP4, Format
-from gptoss_lite.quant.gptq import Feedback
+from gptoss_lite.quant.gptq import Costs, Feedback, Gram
 from gptoss_lite.rope import yarn
 from gptoss_lite.tokenizer import Tokenizer
 
@@ -29,9 +29,9 @@ ROW_TOKENS = 512  # of a text that see each other
 MAX_TOKENS = 16384
 
 _TOKEN_BYTES = 32  # of a text that are read for each token wanted: few are longer
-_BATCH_TOKENS = 2048  # computed together: half a GB of scratch in gpt-oss-20b
+_BATCH_TOKENS = 4096  # computed together: half a GB of scratch in gpt-oss-20b
 _ROOM = 2 << 30  # bytes of activations that are kept
-_PRIOR_TOKENS = 64  # what an expert knows of its own inputs weighs as much after so many
+_PRIOR = 64  # tokens of its own, after which an expert's inputs tell it as much as those of all experts
 
 Array = NDArray[Any]
 
@@ -60,18 +60,10 @@ def read_rows(path: Path, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Gram:
-    """The sum of x x^T over `count` inputs x of a matrix (N, K): float32 (K, K)."""
-
-    matrix: NDArray[np.float32]
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
-    """What the weights of one layer multiply: the sums, or of single experts, which are many, the activations.
+    """What the weights of one layer multiply: the sums, or for single experts what it takes to make them.
 
-    h (T, hidden): what experts multiply; ids (T, k): which of them do.
+    h (T, hidden): what experts multiply; ids and shares (T, k): which of them do, and what each counts for.
     """
 
     qkv: NDArray[np.float32]
@@ -79,6 +71,7 @@ class _Layer:
     gate_up: NDArray[np.float32]
     h: NDArray[np.float32]
     ids: NDArray[np.int32]
+    shares: NDArray[np.float32]
     experts: Experts
 
 
@@ -86,36 +79,34 @@ class Calibration:
     """Runs a network over rows of tokens as far as it is asked about, with one layer in memory at a time.
 
     Ask in the order in which the network computes, from one thread at a time: for an earlier layer it begins
-    anew. What it answers depends on the checkpoint and the rows alone.
+    anew. With the same checkpoint, rows and BLAS, what it answers has the same bits.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         rows: Sequence[Sequence[int]],
-        ops: Ops | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Take an opened checkpoint and rows of token ids; reads no weights yet.
 
-        ops: the CPU's by default, or the reference. progress: told how many tokens have passed a layer, of all
-        layers together, and how many will. Raises RequestError for more tokens than there is room for.
+        progress: told how many tokens have passed a layer, added up over the layers, and how many will.
+        Raises RequestError for more tokens than there is room for.
         """
         self._config = config = checkpoint.config
         self.tokens = sum(map(len, rows))
         if self.tokens > (most := _ROOM // (8 * config.hidden_size)):
             raise RequestError(f"{self.tokens} tokens are too many to calibrate with: give at most {most}")
-        self._ops = ops or get_ops("cpu")
+        self._ops = Ops()  # the reference: in products of so many rows, BLAS outruns our own kernels
         self._read = WeightReader(checkpoint, self._ops, lambda nbytes: None)
         self._progress = progress
         self._batches = list(_batches(rows))
-        blocks = max(int(batch.full_table.max()) + 1 for _, batch in self._batches)
+        blocks = max(batch.full_table.size for _, batch in self._batches)
         one_layer = replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
         self._cache = self._ops.new_cache(one_layer, blocks, blocks)
         # Where a step multiplies by an identity, its result is what it multiplies otherwise.
         self._same = {
-            size: self._ops.prepare(np.eye(size, dtype=np.float32), Use("lm_head"))
-            for size in (config.hidden_size, config.intermediate_size)
+            size: np.eye(size, dtype=np.float32) for size in (config.hidden_size, config.intermediate_size)
         }
         self._x = np.empty((self.tokens, config.hidden_size), np.float32)
         self._rotations: list[Any] = []
@@ -123,9 +114,10 @@ class Calibration:
         self._layer: _Layer | None = None  # the last of them
 
     def gram(self, name: Name, expert: int | None = None) -> Gram | None:
-        """Sum up what a weight multiplies: of experts, one; of gate_up_proj, with None, any of them.
+        """Sum up x x^T for what a weight multiplies: of experts, one; of gate_up_proj, with None, all.
 
-        None for a weight of which that is not known: the embedding, and what is never quantised.
+        An expert's inputs count as much as its result does, by the square of the router's weight. None for a
+        weight of which no inputs are known: the embedding, and what is never quantised.
         """
         kind = name.name.removesuffix(".weight").rpartition(".")[2]
         if kind == "lm_head":
@@ -134,23 +126,25 @@ class Calibration:
             return None
         layer = self._enter(name.layer)
         if expert is None:
-            sums = {"o_proj": layer.out, "gate_up_proj": layer.gate_up}
-            return Gram(sums.get(kind, layer.qkv), self.tokens)
-        chose = np.nonzero(layer.ids == expert)[0]
-        parts = (layer.h[chose[i : i + _BATCH_TOKENS]] for i in range(0, len(chose), _BATCH_TOKENS))
-        if kind == "down_proj":
-            parts = (self._compute(self._inner, layer.experts, expert, h) for h in parts)
+            if kind == "gate_up_proj":
+                return Gram(layer.gate_up, layer.ids.size)
+            return Gram(layer.out if kind == "o_proj" else layer.qkv, self.tokens)
+        tokens, choice = np.nonzero(layer.ids == expert)
         gram = _zeros(name.shape[-1])
-        for part in parts:
-            _add(gram, part)
-        return Gram(gram, len(chose))
+        for start in range(0, len(tokens), _BATCH_TOKENS):
+            part = tokens[start : start + _BATCH_TOKENS]
+            x = layer.h[part]
+            if kind == "down_proj":
+                x = self._inner(layer.experts, expert, x)
+            _add(gram, x * layer.shares[part, choice[start : start + _BATCH_TOKENS], None])
+        return Gram(gram, len(tokens))
 
     def _final(self) -> Gram:
         self._enter(self._config.num_hidden_layers - 1)
         norm, _ = self._read.norm("model.norm.weight", self._config.rms_norm_eps)
         gram = _zeros(self._config.hidden_size)
         for span, batch in self._batches:
-            _add(gram, self._compute(self._normalised, self._x[span], norm, batch))
+            _add(gram, self._normalised(self._x[span], norm, batch))
         return Gram(gram, self.tokens)
 
     def _enter(self, number: int) -> _Layer:
@@ -180,25 +174,23 @@ class Calibration:
         attention, experts = block.attention, block.experts
         h = np.empty_like(self._x)
         ids = np.empty((self.tokens, experts.num_experts_per_tok), np.int32)
+        shares = np.empty(ids.shape, np.float32)
         qkv, gate_up = _zeros(config.hidden_size), _zeros(config.hidden_size)
         out = _zeros(config.num_attention_heads * config.head_dim)
-
-        def step(span: slice, batch: Batch, rotation: Any) -> Array:
+        for (span, batch), rotation in zip(self._batches, self._rotations, strict=True):
             x, table = self._x[span], batch.full_table
             _add(qkv, self._normalised(x, attention.norm, batch))
             q = ops.qkv(x, attention.norm, attention.qkv, rotation, self._cache, 0, table, batch)
             a = ops.attention(q, self._cache, 0, table, batch, attention.sinks, attention.window)
             _add(out, a.reshape(len(a), -1))
             x = ops.out_proj(a, attention.out, x)
-            h[span], ids[span], weights = ops.route(x, experts.norm, experts.router, ids.shape[1])
-            _add(gate_up, h[span])
-            return ops.experts(h[span], ids[span], weights, experts.gate_up, experts.down, experts.limit, x)
-
-        for (span, batch), rotation in zip(self._batches, self._rotations, strict=True):
-            self._x[span] = self._compute(step, span, batch, rotation)
+            routed = ops.route(x, experts.norm, experts.router, experts.num_experts_per_tok)
+            h[span], ids[span], shares[span] = routed
+            _add(gate_up, h[span] * np.linalg.norm(shares[span], axis=1, keepdims=True))
+            self._x[span] = ops.experts(*routed, experts.gate_up, experts.down, experts.limit, x)
             if self._progress is not None:
                 self._progress(number * self.tokens + span.stop, config.num_hidden_layers * self.tokens)
-        return _Layer(qkv, out, gate_up, h, ids, experts)
+        return _Layer(qkv, out, gate_up, h, ids, shares, experts)
 
     def _normalised(self, x: Array, norm: Norm, batch: Batch) -> Array:
         return self._ops.logits(x, norm, Linear(self._same[x.shape[1]]), batch)
@@ -214,23 +206,20 @@ class Calibration:
         nothing = np.zeros((len(h), size), np.float32)
         return self._ops.experts(h, ids, weights, gate_up, down, experts.limit, nothing)
 
-    def _compute(self, step: Callable[..., Array], *inputs: Any) -> Array:
-        """Call what uses the backend as the backend wants to be used."""
-        return self._ops.run(lambda batch, cache: step(*inputs), self._batches[0][1], self._cache)
-
 
 class CalibratedEncoder:
     """Quantises parts of weights so that what they do to a text's tokens changes least; see quant.gptq.
 
     Call it in the order in which the network computes, from one thread at a time. The embedding, which
     multiplies nothing, is rounded by itself.
+
+    costs: by canonical name, of what was quantised so far, but for the embedding.
     """
 
     def __init__(self, calibration: Calibration) -> None:
+        self.costs: dict[str, Costs] = {}
         self._calibration = calibration
-        self._last: tuple[Any, Feedback] | None = (
-            None  # queries, keys and values share one, and parts of a matrix
-        )
+        self._last: tuple[Any, Feedback] | None = None  # rows share one; so do q, k and v
 
     def __call__(self, name: Name, part: Part, array: NDArray[Any], form: Format) -> QTensor:
         """Quantise an expert of a weight, or some rows (N, K): float16, bfloat16 or float32."""
@@ -242,18 +231,16 @@ class CalibratedEncoder:
             if gram is None:
                 return encode(array, form, search=isinstance(form, MXFP4))
             self._last = key, Feedback(gram, form)
-        return self._last[1].quantize(array)
+        return self._last[1].quantize(array, self.costs.setdefault(name.name, Costs()))
 
-    def _gram(self, name: Name, expert: int | None) -> NDArray[np.float32] | None:
+    def _gram(self, name: Name, expert: int | None) -> Gram | None:
         own = self._calibration.gram(name, expert)
-        if own is None:
-            return None
-        if not name.name.endswith("gate_up_proj"):
-            return own.matrix
+        if own is None or not name.name.endswith("gate_up_proj"):
+            return own
         # An expert that was chosen seldom, or never, is told what the others see.
         common = self._calibration.gram(name)
         assert common is not None
-        return own.matrix + np.float32(_PRIOR_TOKENS / common.count) * common.matrix
+        return Gram(own.matrix + np.float32(_PRIOR / common.count) * common.matrix, own.count + _PRIOR)
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[slice, Batch]]:

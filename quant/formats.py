@@ -14,11 +14,6 @@ Scales = Literal["bf16", "float16", "e8m0"]
 class MXFP4:
     """Four-bit floats E2M1, of which 32 share a power of two E8M0 (OCP Microscaling Formats 1.0)."""
 
-    @property
-    def bits(self) -> float:
-        """Bits for each weight, scales included."""
-        return 4.25
-
     def check(self, columns: int, name: str) -> None:
         """Raise FormatError, naming the tensor, unless rows of so many columns can be held."""
         if columns % BLOCK:

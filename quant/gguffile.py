@@ -206,8 +206,8 @@ def _checksums(path: Path, metadata: Mapping[str, Any], names: set[str]) -> dict
 def header(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
     """Make the bytes that precede the data: as many for the same keys, names and lengths of strings.
 
-    metadata: str, bool, int (uint32), float (float32), lists of str, int (int32) or float. tensors: name,
-    dtype ("F32", "MXFP4" and so on) and shape of each, in the order in which `offsets` places them.
+    metadata: str, bool, int (uint32), float (float32), and lists of str or int (int32) that are not empty.
+    tensors: name, dtype ("F32", "MXFP4" and so on) and shape of each, in the order of `offsets`.
     """
     numbers = {dtype: (kind, block, size) for kind, (dtype, block, size) in _TYPES.items()}
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata))]

@@ -6,6 +6,7 @@ error e = w - q costs e H e^T. With H = R R^T, R upper triangular, that is the s
 rounded one after another, each to what is nearest to its target.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,35 +17,56 @@ from gptoss_lite.quant import codecs, int8, rows
 from gptoss_lite.quant.formats import BLOCK, MXFP4, Format, Int8
 from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal
-
+_DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal
 _COLUMNS = 512  # of R that are multiplied at a time where only a sum is wanted
 
 
-def quantize(weight: NDArray[Any], gram: NDArray[Any], format: Format) -> MXFP4Tensor | Int8Tensor:
-    """Quantise one matrix (N, K) for inputs of Gram matrix (K, K); see Feedback."""
-    return Feedback(gram, format).quantize(weight)
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """What is known of the inputs x of a matrix: the sum of x x^T over `count` of them, float (K, K)."""
+
+    matrix: NDArray[Any]
+    count: int
+
+
+@dataclass(slots=True)
+class Costs:
+    """What quantising some rows cost: outputs, the sum of e H e^T; and what rounding by itself would have.
+
+    outputs_plain: of outputs; values_plain: of the weights themselves, the sum of squared errors.
+    """
+
+    outputs: float = 0.0
+    outputs_plain: float = 0.0
+    values_plain: float = 0.0
+
+
+def quantize(weight: NDArray[Any], gram: Gram, format: Format) -> MXFP4Tensor | Int8Tensor:
+    """Quantise one matrix (N, K) for such inputs; see Feedback."""
+    return Feedback(gram, format).quantize(weight, Costs())
 
 
 class Feedback:
     """Quantises rows that multiply the same inputs.
 
-    gram: float32 or float64 (K, K), the sum of x x^T over inputs x; zeros where there were none; format: what
-    to quantise to. Holds a float32 (K, K); making it takes two of float64. Raises FormatError on what is no
-    Gram matrix, and on a K that the format cannot group.
+    H is damped by a hundredth of its mean diagonal and, since few inputs say little of how columns go
+    together, by K / count of it more. Holds a float32 (K, K); making it takes two of float64. Raises
+    FormatError on what is no Gram matrix, and on a K that the format cannot group.
     """
 
-    def __init__(self, gram: NDArray[Any], format: Format) -> None:
-        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
-            raise FormatError(f"a Gram matrix is square and finite: this is {gram.shape}")
-        format.check(len(gram), "what multiplies these inputs")
+    def __init__(self, gram: Gram, format: Format) -> None:
+        matrix = gram.matrix
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not np.isfinite(matrix).all():
+            raise FormatError(f"a Gram matrix is square and finite: this is {matrix.shape}")
+        columns = len(matrix)
+        format.check(columns, "what multiplies these inputs")
         self.format = format
-        damped = gram.astype(np.float64)
-        diagonal = damped.reshape(-1)[:: len(gram) + 1]
-        # Where there was no input, all columns count alike.
-        self._damping = DAMPING * float(diagonal.mean()) or 1.0
+        damped = matrix.astype(np.float64)
+        diagonal = damped.reshape(-1)[:: columns + 1]
+        mean = float(diagonal.mean()) or 1.0  # where there was no input, all columns count alike
+        self._weights = (diagonal / mean + _DAMPING).astype(np.float32)
+        self._damping = mean * (_DAMPING + columns / max(gram.count, 1))
         diagonal += self._damping
-        self._weights = (diagonal / diagonal.mean()).astype(np.float32)
         try:
             factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # R
         except np.linalg.LinAlgError:
@@ -52,11 +74,11 @@ class Feedback:
         self.scale = factor.diagonal().astype(np.float32)  # R_jj
         self.shares = (factor / factor.diagonal()).astype(np.float32)  # R_ij / R_jj
 
-    def quantize(self, weight: NDArray[Any]) -> MXFP4Tensor | Int8Tensor:
-        """Quantise rows (N, K) of float16, bfloat16 or float32.
+    def quantize(self, weight: NDArray[Any], costs: Costs) -> MXFP4Tensor | Int8Tensor:
+        """Quantise rows (N, K) of float16, bfloat16 or float32, and add to `costs` what that cost.
 
-        A row is rounded plainly, for MXFP4 with searched exponents, unless feedback makes it cost less: so what
-        that keeps exactly is kept. Raises FormatError as codecs.encode does, and on another K.
+        A row is rounded by itself, for MXFP4 with searched exponents, unless feedback makes it cost less: so
+        what that keeps exactly is kept. Raises FormatError as codecs.encode does, and on another K.
         """
         rows.check(weight)
         if weight.ndim != 2 or weight.shape[1] != len(self.scale):
@@ -66,7 +88,12 @@ class Feedback:
         turned = np.ascontiguousarray(weight.T, np.float32)
         run = _Run(self, turned)
         run.settle(0, len(turned))
-        better = self._cost(run.errors) < self._cost(turned - codecs.decode(plain, np.float32).T)
+        plain_errors = turned - codecs.decode(plain, np.float32).T
+        cost, plain_cost = self._cost(run.errors), self._cost(plain_errors)
+        better = cost < plain_cost
+        costs.outputs += float(np.minimum(cost, plain_cost).sum())
+        costs.outputs_plain += float(plain_cost.sum())
+        costs.values_plain += float(np.square(plain_errors).sum(dtype=np.float64))
         fed = run.tensor()
         arrays = zip(_fields(fed), _fields(plain), strict=True)
         return type(plain)(*(np.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in arrays))
@@ -78,13 +105,13 @@ class Feedback:
             stop = min(start + _COLUMNS, len(errors))
             parts = self.shares[:stop, start:stop].T @ errors[:stop]
             total += np.square(parts * self.scale[start:stop, None]).sum(axis=0, dtype=np.float64)
-        return total
+        return np.maximum(total, 0)
 
 
 class _Run:
     """One pass over the columns of a matrix; arrays are (K, N), so that a column lies in one piece.
 
-    values: targets, and what they were rounded to once they are; errors: weights, and then w - q.
+    values: targets, then what they were rounded to; errors: weights, then w - q.
     """
 
     def __init__(self, feedback: Feedback, weights: NDArray[np.float32]) -> None:

@@ -57,29 +57,30 @@ class Policy:
 
     rules: tuple[Rule, ...]
 
-    def with_rules(self, *rules: Rule) -> "Policy":
-        """Put rules ahead of these."""
-        return replace(self, rules=(*rules, *self.rules))
-
     def choose(self, candidates: Iterable[Candidate]) -> dict[str, Format | None]:
         """Decide the format that each weight shall have, None for dense.
 
         A weight that is quantised already keeps its format, unless a rule tells otherwise. Raises FormatError
-        where a rule asks for what is never quantised, a router or a norm, and where a weight's columns cannot
-        be grouped as asked, naming the weight.
+        where a rule asks for what is never quantised, a router or a norm, where a weight's columns cannot be
+        grouped as asked, and where a rule that tells otherwise matches nothing, naming weight or pattern.
         """
         chosen: dict[str, Format | None] = {}
+        idle = [rule.pattern for rule in self.rules if rule.told]
         for candidate in candidates:
-            rule = next((rule for rule in self.rules if fnmatchcase(candidate.name, rule.pattern)), None)
-            form = candidate.format if rule is None else rule.format_after(candidate.format)
-            if rule is not None and form is not None and not candidate.allowed:
+            matching = [rule for rule in self.rules if fnmatchcase(candidate.name, rule.pattern)]
+            idle = [pattern for pattern in idle if all(rule.pattern != pattern for rule in matching)]
+            form = matching[0].format_after(candidate.format) if matching else candidate.format
+            if matching and form is not None and not candidate.allowed:
                 raise FormatError(
-                    f"{rule.pattern} asks to quantise {candidate.name}:"
+                    f"{matching[0].pattern} asks to quantise {candidate.name}:"
                     " routers, norms, sinks and biases are never quantised"
                 )
             if form is not None:
                 form.check(candidate.columns, candidate.name)
             chosen[candidate.name] = form
+        if idle:
+            tied = ": its output matrix is its embedding" if idle[0] == GROUPS["lm_head"] else ""
+            raise FormatError(f"{idle[0]!r} matches no weight of this model{tied}")
         return chosen
 
 

@@ -54,9 +54,11 @@ class StoredTensor:
         """Make an error of a predicate, with file and tensor as its subject."""
         return CheckpointError(f"{self.file}: tensor {self.name} {text}")
 
-    def array(self) -> NDArray[Any]:
-        """View the bytes as a read-only array; they are copied only where the file has them misaligned."""
+    def array(self, *parts: int | slice) -> NDArray[Any]:
+        """View the bytes as a read-only array, or a part of a part of it; misaligned ones are copied."""
         array = self.data.view(_DTYPES[self.dtype]).reshape(self.shape)
+        for part in parts:
+            array = array[part]
         if not array.flags.aligned:
             array = array.copy()
             array.flags.writeable = False
@@ -144,7 +146,7 @@ def save_file(
     checksums = {}
     for name, array in arrays.items():
         checksum = Checksum(name, *entries[name])
-        checksum.update(_bytes(array))
+        checksum.update(as_bytes(array))
         checksums[name] = str(checksum)
     start = header(entries, checksums, {"format": FORMAT, **(metadata or {})})
     target = Path(path)
@@ -153,7 +155,7 @@ def save_file(
         with partial.open("wb") as file:
             file.write(start)
             for array in arrays.values():
-                file.write(_bytes(array))
+                file.write(as_bytes(array))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
@@ -264,5 +266,6 @@ def _signature(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return json.dumps([name, dtype, shape]).encode()
 
 
-def _bytes(array: NDArray[Any]) -> memoryview:
+def as_bytes(array: NDArray[Any]) -> memoryview:
+    """View the bytes of an array; they are copied only where they do not lie in order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

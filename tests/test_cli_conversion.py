@@ -151,6 +151,50 @@ def test_wrong_options_are_told_as_such(tmp_path: Path, options: tuple[str, ...]
     assert message in refused("quantize", "demo", tmp_path / "q", *options, code=2)
 
 
+def test_a_report_is_only_made_with_the_result_and_where_it_can_be(tmp_path: Path) -> None:
+    page = tmp_path / "no" / "report.html"
+    assert "no is not a directory" in refused("quantize", BF16, tmp_path / "q", "--report", page, code=2)
+    assert list(tmp_path.iterdir()) == []
+    done("quantize", BF16, tmp_path / "q")
+    result = run("quantize", BF16, tmp_path / "q", "--report", tmp_path / "report.html")
+    assert result.exit_code == 1
+    assert "is there already" in result.stderr
+    assert "no report" in result.stderr
+
+
+def test_quantize_calibrates_on_a_text_and_says_what_that_bought(tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    shutil.copytree(BF16, source)
+    shutil.copy(DEMO / "tokenizer.json", source)
+    options = ("--calibrate", DATA / "demo" / "heldout.txt", "--calibrate-tokens", "1024")
+    text = done("quantize", source, tmp_path / "q", *options, "--report", tmp_path / "report.html")
+    assert "Error of outputs against rounding without calibration:" in text
+    assert "alibrat" in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_no_part_of_the_network_is_named_when_it_is_left_out(tmp_path: Path) -> None:
+    import safetensors.numpy
+
+    shutil.copytree(BF16, tmp_path / "s")
+    tensors = safetensors.numpy.load_file(BF16 / "model.safetensors")
+    extra = {"score.weight": tensors["model.norm.weight"], "scorf.bias": tensors["model.norm.weight"]}
+    safetensors.numpy.save_file(tensors | extra, tmp_path / "s" / "model.safetensors")
+    result = run("convert", tmp_path / "s", tmp_path / "d", "--to", "hf")
+    assert result.exit_code == 0
+    assert result.stderr == "Note: left out, for the network does not ask for it: score.weight and 1 more.\n"
+
+
+def test_the_choices_of_the_commands_are_those_of_the_library() -> None:
+    from gptoss_lite.cli import convert, quantize
+    from gptoss_lite.conversion.forms import TARGETS
+    from gptoss_lite.quant.policy import GROUPS, PRESETS
+
+    assert convert.TARGETS == TARGETS
+    parameters = {parameter.name: parameter for parameter in quantize.quantize.params}
+    assert list(parameters["preset"].type.choices) == list(PRESETS)  # type: ignore[attr-defined]
+    assert parameters.keys() >= GROUPS.keys()
+
+
 # convert
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
-from gptoss_lite.conversion import execute, journal, plan_conversion, plan_quantization, writer
+from gptoss_lite.conversion import execute, journal, plan_conversion, plan_quantization, recode, writer
+from gptoss_lite.conversion.cost import tensor_reports
 from gptoss_lite.conversion.plan import Plan
-from gptoss_lite.errors import CheckpointError, FormatError
+from gptoss_lite.errors import CheckpointError, DeviceError, FormatError
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
-from gptoss_lite.quant import QTensor
+from gptoss_lite.quant import QTensor, gguffile
 from gptoss_lite.quant.formats import MXFP4, Format, Int8
 from gptoss_lite.quant.policy import GROUPS, PRESETS, Policy, Rule
 from gptoss_lite.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +55,7 @@ def assert_same(left: Path, right: Path) -> None:
     for name in a.names():
         b.verify(name)
         np.testing.assert_array_equal(values(a, name), values(b, name), err_msg=name)
-    assert a.config == b.config or a.config.quant_method != b.config.quant_method
+    assert replace(a.config, quant_method=None) == replace(b.config, quant_method=None)
 
 
 def convert(source: Path, destination: Path, target: str, **options: Any) -> Path:
@@ -160,6 +162,39 @@ def test_tied_embeddings_stay_tied_or_are_written_twice(tmp_path: Path) -> None:
         np.testing.assert_array_equal(head, table)
 
 
+@pytest.mark.parametrize("target", ["hf", "original", "gguf", "packed-cpu", "packed-cuda", "bf16"])
+def test_the_size_of_the_parts_read_at_a_time_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    rules = [Rule(GROUPS[group], MXFP4() if target == "bf16" else Int8(32, "float16")) for group in GROUPS]
+    source = DEMO if target == "original" else tmp_path / "s"
+    if source != DEMO:
+        quantize(DEMO, source, Policy(tuple(rules)))
+    whole = convert(source, tmp_path / "whole", target)
+    monkeypatch.setattr(recode, "PART_BYTES", 9_000)
+    assert contents(convert(source, tmp_path / "parts", target)) == contents(whole)
+    assert_same(source, whole)
+
+
+def test_tiles_are_quantised_again_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(BF16, tmp_path / "q", PRESETS["small"])
+    monkeypatch.setattr(recode, "PART_BYTES", 9_000)
+    for target in ("hf", "packed-cpu", "packed-cuda"):
+        source = convert(tmp_path / "q", tmp_path / target, target)
+        quantize(source, tmp_path / f"{target}-again", only("lm_head", MXFP4()))
+    assert_same(tmp_path / "hf-again", tmp_path / "packed-cpu-again")
+    assert_same(tmp_path / "hf-again", tmp_path / "packed-cuda-again")
+
+
+def test_queries_keys_and_values_of_several_dtypes_share_a_tensor_in_original(tmp_path: Path) -> None:
+    tensors = weights()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].astype(np.float32) + np.float32(2**-20)
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "truncate": False}
+    source = write(tmp_path / "s", tensors, {"rope_scaling": rope})
+    assert_same(source, convert(source, tmp_path / "original", "original"))
+
+
 def test_large_checkpoints_are_cut_into_shards_with_an_index(tmp_path: Path) -> None:
     there = convert(TINY / "mxfp4", tmp_path / "shards", "hf", shard_bytes=500_000)
     files = sorted(path.name for path in there.glob("*.safetensors"))
@@ -208,6 +243,33 @@ def test_the_tokenizer_and_its_like_go_along_and_come_back_from_gguf(tmp_path: P
     text = "It was a truth, universally acknowledged; 1813!\n"
     tokens = load_tokenizer(DEMO, 4096).encode(text)
     assert load_tokenizer(gguf, 4096).encode(text) == load_tokenizer(back, 4096).encode(text) == tokens
+
+
+def test_small_files_of_any_bytes_survive_gguf(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "s", ignore=shutil.ignore_patterns("__pycache__"))
+    strange = {"LICENSE": b"caf\xe9", "NOTICE": b"", "chat_template.jinja": "{{ '\u00e9' }}".encode()}
+    for name, text in strange.items():
+        (tmp_path / "s" / name).write_bytes(text)
+    convert(tmp_path / "s", tmp_path / "x.gguf", "gguf")
+    back = convert(tmp_path / "x.gguf", tmp_path / "back", "hf")
+    assert {name: (back / name).read_bytes() for name in strange} == strange
+    assert gguffile.read_file(tmp_path / "x.gguf").metadata["tokenizer.chat_template"] == "{{ '\u00e9' }}"
+
+
+def test_an_older_chat_template_reaches_gguf_too(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "s", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = json.loads((tmp_path / "s" / "tokenizer_config.json").read_text())
+    (tmp_path / "s" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ x }}"}))
+    convert(tmp_path / "s", tmp_path / "x.gguf", "gguf")
+    assert gguffile.read_file(tmp_path / "x.gguf").metadata["tokenizer.chat_template"] == "{{ x }}"
+
+
+def test_the_model_s_name_is_kept_whatever_the_folder_of_the_hub_s_cache(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--gpt-oss-tuned" / "snapshots" / "0123abc"
+    shutil.copytree(DEMO, snapshot, ignore=shutil.ignore_patterns("__pycache__"))
+    convert(snapshot, tmp_path / "out", "hf")
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
+        assert file.metadata()["source"] == "someone/gpt-oss-tuned"
 
 
 def test_original_takes_the_texts_of_the_directory_it_lies_in(tmp_path: Path) -> None:
@@ -297,8 +359,61 @@ def test_errors_are_those_of_the_written_values(tmp_path: Path) -> None:
         name = weight.name.name
         x, q = (values(c, name).view(np.float32).astype(np.float64) for c in (before, after))
         assert weight.errors.squared_error == pytest.approx(np.square(x - q).sum(), rel=1e-9, abs=0)
-        if weight.is_quantised:
+        if weight.errors.squared:
             assert weight.errors.largest_error == pytest.approx(np.abs(x - q).max(), rel=1e-6)
+
+
+def test_search_beats_the_rule_on_every_tensor_that_is_not_exact(tmp_path: Path) -> None:
+    policy = Policy(tuple(Rule(pattern, MXFP4()) for pattern in GROUPS.values()))
+    rule, search = (
+        {
+            w.name.name: w.errors.squared_error
+            for w in quantize(BF16, tmp_path / str(s), policy, search=s).weights
+        }
+        for s in (False, True)
+    )
+    lossy = [name for name, error in rule.items() if error]
+    assert len(lossy) == 4 * 6 + 2
+    assert all(search[name] < rule[name] for name in lossy)
+    assert all(search[name] == 0 for name in rule if name not in lossy)
+
+
+def test_executing_a_plan_again_reports_the_same_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_quantization(open_checkpoint(BF16), tmp_path / "out", PRESETS["small"])
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 80, OSError(errno.ENOSPC, "No space left on device"))
+        refusal(lambda: execute(plan, workers=2), CheckpointError)
+    execute(plan, workers=2)
+    whole = quantize(BF16, tmp_path / "whole", PRESETS["small"])
+    assert [w.errors for w in plan.weights] == [w.errors for w in whole.weights]
+
+
+def test_calibration_is_reported_and_survives_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [list(range(n, n + 64)) for n in range(0, 640, 64)]
+
+    def plan(name: str, tokens: list[list[int]]) -> Plan:
+        checkpoint = open_checkpoint(BF16)
+        return plan_quantization(checkpoint, tmp_path / name, PRESETS["experts"], calibration_rows=tokens)
+
+    whole = plan("whole", rows)
+    execute(whole, workers=2)
+    first = plan("out", rows)
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 60, OSError(errno.ENOSPC, "No space left on device"))
+        refusal(lambda: execute(first, workers=2), CheckpointError)
+    other = plan("out", rows[1:])
+    assert "in another way" in refusal(lambda: execute(other, workers=2), CheckpointError)
+    resumed = plan("out", rows)
+    execute(resumed, workers=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert tensor_reports(resumed) == tensor_reports(whole)
+    gains = [tensor.output_ratio for tensor in tensor_reports(whole) if tensor.squared_error]
+    assert len(gains) == 8
+    assert all(gain is not None and gain < 1 for gain in gains)
 
 
 # Refusals
@@ -317,7 +432,7 @@ def refusal(call: Callable[[], object], kind: type[Exception] = FormatError) -> 
             "attention",
             Int8(),
             "original",
-            "q_proj.weight: original/ has no int8; --to hf, packed-cpu, packed-cuda",
+            "q_proj.weight: original/ has no int8; --to hf, packed-cpu or packed-cuda would do",
         ),
         ("attention", MXFP4(), "original", "original/ has mxfp4 for experts alone"),
         (
@@ -345,7 +460,7 @@ def test_dense_experts_have_no_place_in_original_and_nothing_to_pack(tmp_path: P
     text = refusal(lambda: convert(BF16, tmp_path / "out", "original"))
     assert "original/ has its experts in mxfp4 alone" in text
     text = refusal(lambda: convert(BF16, tmp_path / "out", "packed-cpu"))
-    assert "nothing is quantised: quantize it first" in text
+    assert "is quantised: quantize it first; --to hf, bf16 or gguf would do" in text
 
 
 def test_floats_that_bf16_does_not_hold_are_refused_by_name(tmp_path: Path) -> None:
@@ -379,6 +494,34 @@ def test_settings_without_a_key_in_original_are_refused(
     assert f"would lose {key}" in text or f"would lose rope_scaling.{key}" in text
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [({"layer_types": ["full_attention"]}, "layer_types"), ({"swiglu_limit": 5.0}, "swiglu_limit")],
+)
+def test_settings_that_gguf_has_no_key_for_are_refused(
+    tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    source = write(tmp_path / "s", None, change)
+    assert f"would lose {key}" in refusal(lambda: convert(source, tmp_path / "out", "gguf"))
+
+
+def test_tiles_for_kernels_that_cannot_compute_the_network_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "s")  # of head_dim 4
+    assert "head_dim" in refusal(lambda: convert(source, tmp_path / "out", "packed-cuda"), DeviceError)
+
+
+def test_a_quantised_embedding_alone_is_nothing_to_pack(tmp_path: Path) -> None:
+    quantize(BF16, tmp_path / "q", Policy((Rule(GROUPS["embedding"], Int8()),)))
+    assert "nothing to pack" in refusal(lambda: convert(tmp_path / "q", tmp_path / "out", "packed-cpu"))
+
+
+@pytest.mark.parametrize("pattern", ["model.layer.*", "", "lm_heat.weight"])
+def test_a_rule_that_matches_nothing_is_refused_by_its_pattern(tmp_path: Path, pattern: str) -> None:
+    policy = Policy((Rule(pattern, Int8(), told=True),))
+    text = refusal(lambda: quantize(DEMO, tmp_path / "q", policy))
+    assert f"{pattern!r} matches no weight of this model" in text
+
+
 @pytest.mark.parametrize("pattern", ["*", "model.layers.*.mlp.router.weight", "model.norm.weight", "*.sinks"])
 def test_routers_norms_and_sinks_are_never_quantised(tmp_path: Path, pattern: str) -> None:
     policy = Policy((Rule(pattern, Int8(), told=True),))
@@ -396,7 +539,7 @@ def test_a_group_that_does_not_divide_is_refused_by_name_unless_the_weight_has_i
     assert (
         "o_proj.weight has 512 columns, which groups of 96 do not divide: choose 32, 64, 128 or row" in text
     )
-    own = policy.with_rules(Rule("*.o_proj.weight", Int8(64)))
+    own = Policy((Rule("*.o_proj.weight", Int8(64)), *policy.rules))
     quantize(DEMO, tmp_path / "q", own)
     found = open_checkpoint(tmp_path / "q").weights
     assert found["model.layers.0.self_attn.o_proj.weight"].format == Int8(64)
@@ -480,6 +623,22 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
     text = refusal(lambda: convert(DEMO, tmp_path / "out", "hf"), CheckpointError)
     assert "needs 6.8 MiB of disk, and 1.0 MiB are free" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_does_not_take_the_place_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").mkdir()
+    text = refusal(lambda: convert(DEMO, tmp_path / "x.gguf", "gguf"), CheckpointError)
+    assert "x.gguf exists already" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_paths_may_be_relative_and_strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "an \u00e4 b").mkdir()
+    for destination in ("x/", "./y", "an \u00e4 b/z"):
+        assert_same(DEMO, convert(DEMO, Path(destination), "hf"))
+    for taken in (".", "/"):
+        assert "exists already" in refusal(partial(convert, DEMO, Path(taken), "hf"), CheckpointError)
 
 
 # Interruptions
@@ -568,6 +727,34 @@ def test_the_rest_of_another_conversion_is_not_gone_on_with(
     assert "is left from a conversion of other things or in another way" in text
     assert contents(tmp_path / "out.partial") == before
     quantize(BF16, tmp_path / "out", PRESETS["small"])
+
+
+def test_too_small_a_disk_at_the_second_try_costs_nothing_that_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 60, OSError(errno.ENOSPC, "No space left on device"))
+        refusal(lambda: convert(DEMO, tmp_path / "out", "hf"), CheckpointError)
+    before = contents(tmp_path / "out.partial")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert "of disk, and" in refusal(lambda: convert(DEMO, tmp_path / "out", "hf"), CheckpointError)
+    assert contents(tmp_path / "out.partial") == before
+    with monkeypatch.context() as patch:  # what is there already needs no room
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6 << 20))
+        assert_same(DEMO, convert(DEMO, tmp_path / "out", "hf"))
+
+
+def test_a_source_that_has_changed_since_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = convert(DEMO, tmp_path / "s", "hf")
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 40, OSError(errno.ENOSPC, "No space left on device"))
+        refusal(lambda: convert(source, tmp_path / "out", "hf"), CheckpointError)
+    (source / "model.safetensors").touch()
+    assert "in another way" in refusal(lambda: convert(source, tmp_path / "out", "hf"), CheckpointError)
 
 
 def test_one_destination_is_written_by_one_process(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gptoss_lite.checkpoint import open_checkpoint
+from gptoss_lite.checkpoint import gguf_vocabulary, open_checkpoint
 from gptoss_lite.conversion import execute, plan_conversion
 from gptoss_lite.errors import CheckpointError, FormatError
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, ggufblocks, gguffile, quantize
@@ -156,7 +156,11 @@ def rewrite(
         writer.add_key_value(
             key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
         )
-    kinds = {int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    kinds = {
+        int: gguf.GGUFValueType.UINT32,
+        str: gguf.GGUFValueType.STRING,
+        float: gguf.GGUFValueType.FLOAT32,
+    }
     for key, value in change.items():
         if value is not None:
             writer.add_key_value(key, value, kinds[type(value)])
@@ -200,6 +204,9 @@ def test_a_file_without_our_keys_means_the_same_network(demo: Path, tmp_path: Pa
         ({"gptoss-lite.config": None, "gpt-oss.expert_count": None}, "num_local_experts is missing"),
         ({"gptoss-lite.config": None, "gpt-oss.block_count": 3}, "is of a layer past num_hidden_layers, 3"),
         ({"gptoss-lite.config": "{"}, "gptoss-lite.config is not sound JSON"),
+        ({"split.count": "two"}, "is one of 'two' parts"),
+        ({"split.count": 2}, "is one of 2 parts: join them by gguf-split"),
+        ({"gptoss-lite.config": None, "gpt-oss.embedding_length": "wide"}, "hidden_size is 'wide'"),
         ({gguffile.CHECKSUMS: '{"w": "00000000"}'}, "is only one of tensor and checksum"),
     ],
 )
@@ -208,6 +215,36 @@ def test_foreign_and_contradictory_metadata_is_refused(
 ) -> None:
     changed = {gguffile.CHECKSUMS: None} | change
     assert message in refusal(rewrite(demo, tmp_path / "f.gguf", changed))
+
+
+def test_yarn_s_range_is_read_where_a_file_has_it(demo: Path, tmp_path: Path) -> None:
+    keys = {f"gpt-oss.rope.scaling.yarn_beta_{end}": value for end, value in (("fast", 16.0), ("slow", 2.0))}
+    foreign = rewrite(
+        demo, tmp_path / "f.gguf", {"gptoss-lite.config": None, gguffile.CHECKSUMS: None, **keys}
+    )
+    rope = open_checkpoint(foreign).config.rope
+    assert (rope.beta_fast, rope.beta_slow) == (16.0, 2.0)
+    without = dict.fromkeys(keys)
+    foreign = rewrite(
+        demo, tmp_path / "g.gguf", {"gptoss-lite.config": None, gguffile.CHECKSUMS: None, **without}
+    )
+    rope = open_checkpoint(foreign).config.rope
+    assert (rope.beta_fast, rope.beta_slow) == (32.0, 1.0)
+
+
+def test_tokens_of_the_user_s_are_special_or_refused(demo: Path) -> None:
+    metadata = dict(gguffile.read_file(demo).metadata)
+    types = metadata["tokenizer.ggml.token_type"].copy()
+    start = load_tokenizer(demo, 4096).special["<|start|>"]
+    types[start] = 4
+    document = gguf_vocabulary.to_document(metadata | {"tokenizer.ggml.token_type": types}, "x")
+    assert document is not None
+    assert document == gguf_vocabulary.to_document(metadata, "x")
+    types[100] = 4
+    with pytest.raises(CheckpointError, match="is not special, which is not supported"):
+        gguf_vocabulary.to_document(metadata | {"tokenizer.ggml.token_type": types}, "x")
+    with pytest.raises(CheckpointError, match="are not lists of one length"):
+        gguf_vocabulary.to_document(metadata | {"tokenizer.ggml.token_type": 3}, "x")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ class Checkpoint:
 
     path: the directory, or the GGUF file. layout: "mxfp4" (Hugging Face's, packed), "bf16" (Hugging Face's,
     dense), "original" (OpenAI's), "gguf", "gptoss-lite" (Hugging Face's names, with other formats), or the
-    name of the tiles that it is packed in. settings: config.json, or what stands for it, parsed.
+    name of the tiles that it is packed in. settings: config.json, or what stands for it, parsed. ignored:
+    tensors of its files that the network does not ask for.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Checkpoint:
     layout: str
     settings: Mapping[str, Any]
     weights: Mapping[str, Weight]
+    ignored: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """List the canonical names; an expert weight is one name, packed or not."""
@@ -102,14 +104,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     _refuse_further_layers(config, stored)
     layout = "original" if is_original(stored) else quantization.layout or config.quant_method or "bf16"
     weights = find_weights(directory, config, quantization, stored)
-    return Checkpoint(directory, config, layout, settings, weights)
+    return Checkpoint(directory, config, layout, settings, weights, _ignored(stored, weights))
 
 
 def _open_gguf(file: Path) -> Checkpoint:
     settings, stored = gguf.read(file)
     config = ModelConfig.from_dict(settings, str(file))
     _refuse_further_layers(config, stored)
-    return Checkpoint(file, config, "gguf", settings, gguf.find_weights(file, config, stored))
+    weights = gguf.find_weights(file, config, stored)
+    return Checkpoint(file, config, "gguf", settings, weights, _ignored(stored, weights))
+
+
+def _ignored(stored: Mapping[str, StoredTensor], weights: Mapping[str, Weight]) -> tuple[str, ...]:
+    asked = {tensor.name for weight in weights.values() for tensor in weight.stored}
+    return tuple(name for name in stored if name not in asked)
 
 
 def _refuse_further_layers(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:

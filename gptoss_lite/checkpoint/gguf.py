@@ -39,6 +39,8 @@ KEYS = {
 ROPE_KEYS = {
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
 }
 
 
@@ -52,10 +54,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     if architecture != ARCHITECTURE:
         shown = abbreviated(architecture)
         raise CheckpointError(f"{path}: general.architecture is {shown}: must be '{ARCHITECTURE}'")
-    if file.metadata.get("split.count", 1) > 1:
-        raise CheckpointError(
-            f"{path} is one of {file.metadata['split.count']} parts: join them by gguf-split"
-        )
+    parts = _scalar(file, "split.count")
+    if parts not in (None, 0, 1):
+        raise CheckpointError(f"{path} is one of {abbreviated(parts)} parts: join them by gguf-split")
     return settings(file), dict(file.tensors)
 
 
@@ -64,32 +65,30 @@ def settings(file: GGUFFile) -> dict[str, Any]:
     own = file.metadata.get(CONFIG)
     if isinstance(own, str):
         return parse_json(own.encode(), f"{file.path}: {CONFIG}")
-    found = {key: file.metadata.get(f"{ARCHITECTURE}.{name}") for key, name in KEYS.items()}
-    found["intermediate_size"] = found["intermediate_size"] or file.metadata.get(
-        f"{ARCHITECTURE}.feed_forward_length"
-    )
+    found = {key: _scalar(file, f"{ARCHITECTURE}.{name}") for key, name in KEYS.items()}
+    if found["intermediate_size"] is None:
+        found["intermediate_size"] = _scalar(file, f"{ARCHITECTURE}.feed_forward_length")
+    rope = None
+    if file.metadata.get(f"{ARCHITECTURE}.rope.scaling.type") == "yarn":
+        scaling = {key: _scalar(file, f"{ARCHITECTURE}.{name}") for key, name in ROPE_KEYS.items()}
+        rope = {"rope_type": "yarn", "truncate": False, **scaling}
     embedding = file.tensors.get("token_embd.weight")
-    rope: dict[str, Any] = {
-        key: file.metadata.get(f"{ARCHITECTURE}.{name}") for key, name in ROPE_KEYS.items()
-    }
-    scaled = file.metadata.get(f"{ARCHITECTURE}.rope.scaling.type") == "yarn"
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "vocab_size": embedding.shape[0] if embedding is not None and embedding.shape else None,
         **found,
-        # float32 in the file: 1e-5 comes back with digits that nobody wrote.
-        "rms_norm_eps": _shortest(found["rms_norm_eps"]),
-        "rope_theta": _shortest(found["rope_theta"]),
-        "rope_scaling": {"rope_type": "yarn", "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0, **rope}
-        if scaled
-        else None,
+        "rope_scaling": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
 
 
-def _shortest(value: Any) -> Any:
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+def _scalar(file: GGUFFile, key: str) -> Any:
+    """Look a number or a word up; None where it is absent, or anything else."""
+    value = file.metadata.get(key)
+    if isinstance(value, float):  # float32 in the file: 1e-5 would come back with digits that nobody wrote
+        return float(str(np.float32(value)))
+    return value if isinstance(value, int | str) else None
 
 
 def find_weights(path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, Weight]:

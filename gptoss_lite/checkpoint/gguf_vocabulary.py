@@ -1,8 +1,11 @@
 """The vocabulary in GGUF's metadata, to and from the document that Hugging Face's tokenizer.json holds."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gptoss_lite import vocab
 from gptoss_lite.errors import CheckpointError
@@ -12,7 +15,7 @@ from gptoss_lite.vocab.document import document
 
 PRETOKENIZER = "gpt-4o"  # llama.cpp's name for the pattern of o200k, the one of gpt-oss
 
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # types of tokens
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # types of tokens
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -32,7 +35,7 @@ def to_document(metadata: Mapping[str, Any], source: str) -> dict[str, Any] | No
     if model != "gpt2" or pre != PRETOKENIZER:
         found = f"{abbreviated(model)} with {abbreviated(pre)}"
         raise CheckpointError(f"{source}: tokenizer.ggml.model is {found}: must be 'gpt2' with 'gpt-4o'")
-    if not isinstance(tokens, StringArray) or types is None or len(types) != len(tokens):
+    if not (isinstance(tokens, StringArray) and isinstance(types, np.ndarray) and len(types) == len(tokens)):
         raise CheckpointError(f"{source}: tokenizer.ggml.tokens and token_type are not lists of one length")
     merges = metadata.get("tokenizer.ggml.merges")
     try:
@@ -41,7 +44,15 @@ def to_document(metadata: Mapping[str, Any], source: str) -> dict[str, Any] | No
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{source}: tokenizer.ggml.tokens or merges are not UTF-8: {error}") from None
     names = {text: token for token, (text, kind) in enumerate(kinds) if kind == _NORMAL}
-    special = {text: token for token, (text, kind) in enumerate(kinds) if kind == _CONTROL}
+    # llama.cpp takes some special tokens for the user's.
+    special = {
+        text: token
+        for token, (text, kind) in enumerate(kinds)
+        if kind == _CONTROL or (kind == _USER and re.fullmatch(r"<\|.+\|>", text))
+    }
+    if other := [text for text, kind in kinds if kind == _USER and text not in special]:
+        shown = abbreviated(other[0])
+        raise CheckpointError(f"{source}: added token {shown} is not special, which is not supported")
     return document(vocab.PATTERN, names, pairs, special)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from gptoss_lite.calibrate import CalibratedEncoder, Calibration
 from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.checkpoint.names import names
-from gptoss_lite.conversion.encoders import plain
+from gptoss_lite.conversion.encoders import Encoder, Plain
 from gptoss_lite.conversion.files import SHARD_BYTES
 from gptoss_lite.conversion.forms import TARGETS
 from gptoss_lite.conversion.plan import Plan, make_plan
 from gptoss_lite.errors import FormatError
-from gptoss_lite.ops.cuda import limits
 from gptoss_lite.quant.formats import Format
 from gptoss_lite.quant.policy import Candidate, Policy
 
@@ -25,14 +24,13 @@ def plan_conversion(
 
     target: "hf", Hugging Face's names and what formats there are; "bf16", the same all in bf16; "original",
     OpenAI's; "gguf", llama.cpp's; "packed-cpu", "packed-cuda", the tiles that the kernels read.
-    Raises FormatError where that layout would lose something, naming it, and what would do instead.
+    Raises FormatError where that layout would lose something, naming it, and what would do instead;
+    DeviceError where its tiles are for kernels that cannot compute the network.
     """
     if target not in TARGETS:
         raise FormatError(f"unknown layout {target!r}: choose {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-    if target == "packed-cuda":
-        limits.require(checkpoint.config)
     kept = {name: weight.format for name, weight in checkpoint.weights.items()}
-    return make_plan(checkpoint, destination, target, kept, plain(), "kept", shard_bytes=shard_bytes)
+    return make_plan(checkpoint, destination, target, kept, Plain(), "kept", shard_bytes=shard_bytes)
 
 
 def plan_quantization(
@@ -55,13 +53,13 @@ def plan_quantization(
         for name in names(checkpoint.config)
     )
     _refuse_mixed(chosen, checkpoint.config.num_hidden_layers)
+    encode: Encoder
     if calibration_rows is None:
-        encode, method = plain(search=search), f"mxfp4 scales by {'search' if search else 'the OCP rule'}"
+        encode, method = Plain(search=search), f"mxfp4 scales by {'search' if search else 'the OCP rule'}"
     else:
         encode = CalibratedEncoder(Calibration(checkpoint, calibration_rows))
-        text = hashlib.blake2b(
-            json.dumps(list(map(list, calibration_rows))).encode(), digest_size=8
-        ).hexdigest()
+        tokens = json.dumps(list(map(list, calibration_rows)))
+        text = hashlib.blake2b(tokens.encode(), digest_size=8).hexdigest()
         method = f"calibrated over {sum(map(len, calibration_rows))} tokens, {text}"
     in_order = calibration_rows is not None
     return make_plan(

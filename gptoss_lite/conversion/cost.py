@@ -2,7 +2,9 @@
 
 import math
 
+from gptoss_lite.checkpoint import StoredForm
 from gptoss_lite.conversion.plan import Plan
+from gptoss_lite.conversion.recode import Recoded
 from gptoss_lite.inspection import label
 from gptoss_lite.quant.report import TensorReport
 
@@ -11,18 +13,25 @@ def tensor_reports(plan: Plan) -> tuple[TensorReport, ...]:
     """Report every weight, in the order of the network."""
     before, after = plan.checkpoint.forms(), plan.stored_forms()
     return tuple(
-        TensorReport(
-            name=weight.name.name,
-            layer=weight.name.layer,
-            group=weight.name.group,
-            before=label(before[weight.name.name]),
-            after=label(after[weight.name.name]),
-            bytes_before=before[weight.name.name].nbytes,
-            bytes_after=after[weight.name.name].nbytes,
-            weights=math.prod(weight.name.shape),
-            squared=weight.errors.squared,
-            squared_error=weight.errors.squared_error,
-            largest_error=weight.errors.largest_error,
-        )
-        for weight in plan.weights
+        _report(weight, before[weight.name.name], after[weight.name.name]) for weight in plan.weights
+    )
+
+
+def _report(weight: Recoded, before: StoredForm, after: StoredForm) -> TensorReport:
+    errors, costs = weight.errors, weight.errors.costs
+    return TensorReport(
+        name=weight.name.name,
+        layer=weight.name.layer,
+        group=weight.name.group,
+        before=label(before),
+        after=label(after),
+        bytes_before=before.nbytes,
+        bytes_after=after.nbytes,
+        squared=errors.squared,
+        squared_error=errors.squared_error,
+        largest_error=errors.largest_error,
+        weights=math.prod(weight.name.shape),
+        squared_error_plain=None if costs is None else costs.values_plain,
+        weighted_error=None if costs is None else costs.outputs,
+        weighted_error_plain=None if costs is None else costs.outputs_plain,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss_lite.checkpoint.directory import INDEX
-from gptoss_lite.conversion.targets import Job, Tensor
+from gptoss_lite.conversion.targets import Entry, Job
 from gptoss_lite.quant import gguffile, tensorfile
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, about, as Hugging Face cuts them
@@ -39,7 +39,7 @@ class File:
         object.__setattr__(self, "size", end)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Entry, ...]:
         """All tensors in the order of their data."""
         tensors = [tensor for job in self.jobs for tensor in job.tensors]
         if self.is_gguf:
@@ -66,7 +66,7 @@ class File:
         return tensorfile.header(named, checksums, self.metadata)
 
 
-def nbytes(tensor: Tensor, is_gguf: bool) -> int:
+def nbytes(tensor: Entry, is_gguf: bool) -> int:
     """Count the bytes of a tensor's data."""
     if is_gguf:
         return gguffile.nbytes(tensor.dtype, tensor.shape)

@@ -33,7 +33,7 @@ class Journal:
         journal = cls(directory / NAME, digest)
         if not journal.path.exists() and directory.exists() and any(directory.iterdir()):
             raise CheckpointError(f"{directory} is in the way and no conversion of ours: move it elsewhere")
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         journal._file = journal.path.open("a+b")
         try:
             _lock(journal._file)
@@ -53,7 +53,10 @@ class Journal:
             return
         try:
             head, *records = map(json.loads, lines)
-            found, self.records = head["digest"], {record["job"]: record for record in records}
+            found = head["digest"]
+            self.records = {
+                record["job"]: {key: record[key] for key in ("checksums", "errors")} for record in records
+            }
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(
                 f"{self.path} is damaged: remove {self.path.parent}, and begin anew"
@@ -64,10 +67,10 @@ class Journal:
                 " repeat that one to finish it, or remove the directory"
             )
 
-    def add(self, job: str, **record: Any) -> None:
-        """Note that a job is done."""
-        self.records[job] = {"job": job, **record}
-        self._append(self.records[job])
+    def add(self, job: str, checksums: dict[str, str], errors: list[dict[str, Any]]) -> None:
+        """Note that a job is done: the checksums of its tensors, and what its weights lost."""
+        self.records[job] = {"checksums": checksums, "errors": errors}
+        self._append({"job": job, **self.records[job]})
 
     def _append(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from gptoss_lite import __version__
 from gptoss_lite.checkpoint import Checkpoint, StoredForm
 from gptoss_lite.checkpoint.names import Name, names
 from gptoss_lite.conversion import texts
+from gptoss_lite.conversion.encoders import Encoder
 from gptoss_lite.conversion.files import SHARD_BYTES, File, nbytes, shards
 from gptoss_lite.conversion.forms import forms
-from gptoss_lite.conversion.recode import Encoder, Recoded
+from gptoss_lite.conversion.recode import Recoded
 from gptoss_lite.conversion.targets import Job, jobs
 from gptoss_lite.errors import CheckpointError
 from gptoss_lite.quant.formats import MXFP4, Format, Int8
@@ -109,7 +111,9 @@ def make_plan(
     shard_bytes: of a safetensors file, about.
     Raises FormatError where the target would lose something, naming it.
     """
-    _refuse_same(checkpoint.path, destination)
+    destination = Path(os.path.abspath(destination))
+    if checkpoint.path.resolve() == destination.resolve():
+        raise CheckpointError(f"{destination} is the source itself: give another destination")
     known = _names(checkpoint, target)
     decided = forms(checkpoint, target, known, {name: chosen.get(name) for name in known})
     recoded = [Recoded(name, checkpoint.weights[key], decided[key], encode) for key, name in known.items()]
@@ -157,11 +161,20 @@ def _origin(checkpoint: Checkpoint, method: str) -> dict[str, str]:
     fingerprint = hashlib.blake2b(json.dumps(sorted(stored)).encode(), digest_size=16).hexdigest()
     return {
         "created_by": f"gptoss-lite {__version__}",
-        "source": checkpoint.path.resolve().name,
+        "source": _model_name(checkpoint.path),
         "source_layout": checkpoint.layout,
         "source_headers": fingerprint,
         "method": method,
     }
+
+
+def _model_name(path: Path) -> str:
+    """Name a source by its last folder, or in the hub's cache by the model."""
+    path = path.absolute()
+    snapshot = next((part for part in (path, *path.parents) if part.parent.name == "snapshots"), None)
+    if snapshot is not None and (hub := snapshot.parent.parent.name).startswith("models--"):
+        return "/".join([hub.removeprefix("models--").replace("--", "/"), *path.relative_to(snapshot).parts])
+    return path.name
 
 
 def _digest(checkpoint: Checkpoint, files: list[File], side: Mapping[str, bytes]) -> str:
@@ -177,8 +190,3 @@ def _digest(checkpoint: Checkpoint, files: list[File], side: Mapping[str, bytes]
     for name, text in sorted(side.items()):
         state.update(name.encode() + b"\0" + text)
     return state.hexdigest()
-
-
-def _refuse_same(source: Path, destination: Path) -> None:
-    if source.resolve() == destination.resolve():
-        raise CheckpointError(f"{destination} is the source itself: give another destination")

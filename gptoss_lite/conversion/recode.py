@@ -1,31 +1,31 @@
 """Weights in another form than their file has them: read a part at a time, recoded on the way."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from gptoss_lite.checkpoint.names import Name
 from gptoss_lite.checkpoint.weights import Part, Tensor, Tiled, Weight
+from gptoss_lite.conversion.encoders import Encoder
 from gptoss_lite.quant import QTensor, codecs
 from gptoss_lite.quant.formats import Format
-
-Encoder: TypeAlias = Callable[[Name, Part, NDArray[Any], Format], QTensor]
+from gptoss_lite.quant.gptq import Costs
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 PART_BYTES = 32 << 20  # of the rows of a matrix that are read at a time
+_ROWS = 64  # of which parts are multiples: whole heads, and whole tiles
 
 
 @dataclass(slots=True)
 class Errors:
-    """What recoding a weight has cost so far, see TensorReport."""
+    """What recoding a weight has cost so far, see TensorReport; costs: where a calibration decided."""
 
     squared: float = 0.0
     squared_error: float = 0.0
     largest_error: float = 0.0
+    costs: Costs | None = None
 
     def add(self, squared: float, squared_error: float, largest_error: float) -> None:
         """Count one part more."""
@@ -34,7 +34,7 @@ class Errors:
         self.largest_error = max(self.largest_error, largest_error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recoded:
     """A weight of a checkpoint, and the form that it is to have: a format, or the dtype of floats.
 
@@ -52,26 +52,19 @@ class Recoded:
         """The form in the file."""
         return self.weight.format or self.weight.form.dtype
 
-    @property
-    def is_quantised(self) -> bool:
-        """Whether it is newly quantised: what is kept, or only becomes floats, loses nothing."""
-        return not isinstance(self.form, str) and self.before != self.form
-
     def parts(self) -> Iterator[Tensor]:
-        """Yield experts one by one, or some rows at a time, each as the file has it."""
-        for index in self._indices():
-            yield self._recode(index, self.weight.part(index))
-
-    def _indices(self) -> Iterator[Part]:
+        """Yield experts one by one, or some rows at a time, of the form that they are to have."""
         shape = self.name.shape
         if len(shape) == 3:
-            yield from range(shape[0])
-        elif isinstance(self.weight, Tiled):  # whose rows are not apart
-            yield slice(None)
-        else:
-            rows = max(32, PART_BYTES * shape[0] // max(1, self.weight.nbytes) // 32 * 32)
-            for start in range(0, shape[0], rows):
-                yield slice(start, start + rows)
+            for expert in range(shape[0]):
+                yield self._recode(expert, self.weight.part(expert))
+            return
+        rows = max(_ROWS, PART_BYTES * shape[0] // max(1, self.weight.nbytes) // _ROWS * _ROWS)
+        # Tiles have their rows apart only once all of them are unpacked.
+        whole = self.weight.part(slice(None)) if isinstance(self.weight, Tiled) else None
+        for start in range(0, shape[0], rows):
+            part = slice(start, start + rows)
+            yield self._recode(part, self.weight.part(part) if whole is None else whole[part])
 
     def _recode(self, index: Part, tensor: Tensor) -> Tensor:
         form = self.form
@@ -86,4 +79,5 @@ class Recoded:
             tensor = codecs.decode(tensor, np.dtype(np.float32))
         coded = self.encode(self.name, index, tensor, form)
         self.errors.add(*codecs.errors(tensor, coded))
+        self.errors.costs = self.encode.costs.get(self.name.name)
         return coded

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gptoss_lite.checkpoint.directory import SCALE_DTYPES, pair_shapes
 from gptoss_lite.conversion.recode import Recoded
-from gptoss_lite.packing import CPU_ROWS, CUDA_TILES, kind_of, pack, packed_shape
+from gptoss_lite.packing import CPU_ROWS, CUDA_TILES, kind_of, pack, packed_shape, tile_layout
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, ggufblocks
 from gptoss_lite.quant.formats import MXFP4, Int8
 
@@ -19,7 +19,7 @@ TILES = {"packed-cpu": CPU_ROWS, "packed-cuda": CUDA_TILES}
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class Entry:
     """A tensor of a file to be written; dtype as safetensors or, in GGUF, as ggml spells it."""
 
     name: str
@@ -35,7 +35,7 @@ class Job:
     """
 
     weights: tuple[Recoded, ...]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Entry, ...]
     pieces: Callable[[], Iterator[Piece]]
 
     @property
@@ -63,21 +63,19 @@ def _huggingface(weight: Recoded) -> Job:
             return _pair(weight, f"{name}_blocks", f"{name}_scales")
         case Int8() as form:
             groups = (*shape[:-1], shape[-1] // form.group(shape[-1]))
-            scales = Tensor(f"{name}_scales", SCALE_DTYPES[form.scales], groups)
-            tensors = Tensor(f"{name}_codes", "I8", shape), scales
+            scales = Entry(f"{name}_scales", SCALE_DTYPES[form.scales], groups)
+            tensors = Entry(f"{name}_codes", "I8", shape), scales
             return Job((weight,), tensors, lambda: map(_fields, weight.parts()))
         case dtype if weight.name.is_experts:  # stored input-major, unlike every other weight
-            turned = Tensor(name, dtype, (shape[0], shape[2], shape[1]))
+            turned = Entry(name, dtype, (shape[0], shape[2], shape[1]))
             return Job((weight,), (turned,), lambda: ((_turned(part),) for part in _floats(weight)))
         case dtype:
-            return Job(
-                (weight,), (Tensor(name, dtype, shape),), lambda: ((part,) for part in _floats(weight))
-            )
+            return Job((weight,), (Entry(name, dtype, shape),), lambda: ((part,) for part in _floats(weight)))
 
 
 def _pair(weight: Recoded, blocks: str, scales: str) -> Job:
     shapes = pair_shapes(weight.name.shape)
-    tensors = Tensor(blocks, "U8", shapes[0]), Tensor(scales, "U8", shapes[1])
+    tensors = Entry(blocks, "U8", shapes[0]), Entry(scales, "U8", shapes[1])
     return Job((weight,), tensors, lambda: map(_fields, weight.parts()))
 
 
@@ -115,19 +113,26 @@ def _packed(weight: Recoded, layout: str) -> Job:
     name, form, kind = weight.name, weight.form, kind_of(weight.name.name)
     if isinstance(form, str) or kind is None:
         return _huggingface(weight)
-    tensor = Tensor(f"{name.name}_packed", "U8", packed_shape(form, name.shape, kind, layout))
+    tensor = Entry(f"{name.name}_packed", "U8", packed_shape(form, name.shape, kind, layout))
 
     def pieces() -> Iterator[Piece]:
-        if layout == CPU_ROWS:  # all codes, and then all scales
-            for field in (0, 1):
-                for part in weight.parts():
-                    yield (_fields(part)[field],)
+        if name.is_experts and layout == CUDA_TILES:  # each a record of its own
+            for part in weight.parts():
+                assert isinstance(part, QTensor)
+                yield (pack(part, kind, layout),)
             return
-        for part in weight.parts():
-            assert isinstance(part, QTensor)
-            yield (pack(part, kind, layout),)
+        for field in (0, 1):  # all codes, and then all scales
+            for part in weight.parts():
+                yield (_tiled(part, kind)[field] if layout == CUDA_TILES else _fields(part)[field],)
 
     return Job((weight,), (tensor,), pieces)
+
+
+def _tiled(part: Any, kind: str) -> Piece:
+    """Pack some rows of a matrix -> their codes, their scales."""
+    packed = pack(part, kind, CUDA_TILES)
+    tiles, _ = tile_layout(part.format, part.shape, kind)
+    return packed[: tiles.code_bytes], packed[tiles.code_bytes :]
 
 
 def _original(weights: tuple[Recoded, ...]) -> Job:
@@ -136,7 +141,7 @@ def _original(weights: tuple[Recoded, ...]) -> Job:
     name, shape = first.name.original, first.name.shape
     if isinstance(first.form, str):
         rows = sum(weight.name.shape[0] for weight in weights)
-        tensor = Tensor(name, first.form, (rows, *shape[1:]))
+        tensor = Entry(name, first.form, (rows, *shape[1:]))
         return Job(weights, (tensor,), lambda: ((part,) for weight in weights for part in _floats(weight)))
     return _pair(first, f"{name}.blocks", f"{name}.scales")
 
@@ -148,7 +153,7 @@ def _gguf(weight: Recoded) -> Job:
         shape = (shape[0], shape[1] // 2, *shape[2:])
     ggml = {MXFP4: "MXFP4", Int8: "Q8_0"}
     dtype = form if isinstance(form, str) else ggml[type(form)]
-    tensors = tuple(Tensor(name, dtype, shape) for name in names)
+    tensors = tuple(Entry(name, dtype, shape) for name in names)
 
     def pieces() -> Iterator[Piece]:
         for part in weight.parts():
@@ -161,8 +166,3 @@ def _gguf(weight: Recoded) -> Job:
                 yield raw[:, 0::2], raw[:, 1::2]
 
     return Job((weight,), tensors, pieces)
-
-
-def as_bytes(array: NDArray[Any]) -> memoryview:
-    """View the bytes of an array; they are copied only where they do not lie in order."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

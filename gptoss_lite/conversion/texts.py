@@ -1,30 +1,32 @@
 """What stands beside the weights: config.json in a target's spelling, the tokenizer, other small files."""
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptoss_lite.checkpoint import Checkpoint, gguf, gguf_vocabulary
 from gptoss_lite.checkpoint.quantization import Quantization, summarised
-from gptoss_lite.config import ATTENTION_KINDS, ModelConfig, RopeConfig
+from gptoss_lite.config import ModelConfig
 from gptoss_lite.conversion.targets import TILES
-from gptoss_lite.errors import CheckpointError, FormatError
+from gptoss_lite.errors import CheckpointError
 from gptoss_lite.quant.formats import MXFP4, Format, Int8
 from gptoss_lite.quant.gguffile import read_file
-from gptoss_lite.quant.tensorfile import abbreviated, parse_json, read_json
+from gptoss_lite.quant.tensorfile import parse_json, read_json
 from gptoss_lite.tokenizer import EMBEDDED_VOCAB_SIZE, Tokenizer
 from gptoss_lite.vocab.document import embedded
 
 TOKENIZER = "tokenizer.json"
 CARRIED = (
-    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "chat_template.jinja", "LICENSE", "USAGE_POLICY", "NOTICE", "README.md",
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE",
+    "USAGE_POLICY", "NOTICE", "README.md",
 )  # fmt: skip
 
-_FILE_KEY = "gptoss-lite.file."  # GGUF's keys for such files, in those we write
+_FILES = "gptoss-lite.files"  # GGUF's key for such files, in those we write
+_TEMPLATE = "chat_template.jinja"
 _GGUF_TEMPLATE = "tokenizer.chat_template"
-_MOSTLY_MXFP4 = 38  # ggml's number for the type of a file
 
 
 def huggingface_config(
@@ -42,15 +44,8 @@ def huggingface_config(
 
 
 def original_config(config: ModelConfig) -> dict[str, Any]:
-    """Spell config.json as OpenAI's original/ does; raises FormatError for what that has no key for."""
+    """Spell config.json as OpenAI's original/ does."""
     rope = config.rope
-    extended = int(rope.original_max_position_embeddings * rope.factor)
-    _refuse_loss("original", {
-        "layer_types": (config.layer_types, _alternating(config)),
-        "rms_norm_eps": (config.rms_norm_eps, 1e-5),
-        "rope_scaling.truncate": (rope.truncate, False),
-        "max_position_embeddings": (config.max_position_embeddings, extended),
-    })  # fmt: skip
     return {
         "num_hidden_layers": config.num_hidden_layers,
         "num_experts": config.num_local_experts,
@@ -71,33 +66,15 @@ def original_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _refuse_loss(target: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise FormatError for the first setting that is not what a layout without a key for it means."""
-    for key, (value, meant) in settings.items():
-        if value != meant:
-            raise FormatError(
-                f"--to {target} would lose {key}, {abbreviated(value)}: it has no key for that, and"
-                f" {abbreviated(meant)} is meant; --to hf would not"
-            )
-
-
-def _alternating(config: ModelConfig) -> tuple[str, ...]:
-    return tuple(ATTENTION_KINDS[layer % 2] for layer in range(config.num_hidden_layers))
-
-
 def gguf_metadata(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> dict[str, Any]:
     """Make GGUF's keys: llama.cpp's for the model and its tokenizer, and ours for what those leave out.
 
-    Raises FormatError for a network that llama.cpp's gpt-oss is not.
+    Raises CheckpointError for a tokenizer that neither we nor llama.cpp can do.
     """
     config, prefix = checkpoint.config, gguf.ARCHITECTURE
-    _refuse_loss("gguf", {
-        "layer_types": (config.layer_types, _alternating(config)), "swiglu_limit": (config.swiglu_limit, 7.0),
-    })  # fmt: skip
     values: dict[str, Any] = {
         "general.architecture": prefix,
         "general.type": "model",
-        "general.file_type": _MOSTLY_MXFP4,
         "general.quantization_version": 2,
     }
     values |= {
@@ -110,22 +87,29 @@ def gguf_metadata(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> dict[st
         f"{prefix}.rope.freq_base": float(config.rope.theta),
         f"{prefix}.vocab_size": config.vocab_size,
     }
-    if config.rope.factor != 1.0:
-        values |= _gguf_rope(prefix, config.rope)
+    if config.rope.factor != 1.0:  # whether its range is rounded stands in the config that goes along
+        values[f"{prefix}.rope.scaling.type"] = "yarn"
+        values |= {f"{prefix}.{key}": getattr(config.rope, name) for name, key in gguf.ROPE_KEYS.items()}
     vocabulary: dict[str, Any] = {"tokenizer.ggml.model": "none"}
     if TOKENIZER in files:
         document = parse_json(files[TOKENIZER], TOKENIZER)
         Tokenizer.from_document(document, config.vocab_size, TOKENIZER)  # raises if it is not sound
         vocabulary = gguf_vocabulary.to_metadata(document, config.vocab_size)
-    if "chat_template.jinja" in files:
-        vocabulary[_GGUF_TEMPLATE] = files["chat_template.jinja"].decode("utf-8", "replace")
+    if (template := _chat_template(files)) is not None:
+        vocabulary[_GGUF_TEMPLATE] = template
     settings = huggingface_config(checkpoint, "hf", {})
-    carried = {
-        f"{_FILE_KEY}{name}": text.decode("utf-8", "replace")
-        for name, text in files.items()
-        if text and name not in (TOKENIZER, "chat_template.jinja")
-    }
-    return values | vocabulary | {gguf.CONFIG: json.dumps(settings)} | carried
+    carried = {name: b64encode(text).decode() for name, text in files.items() if name != TOKENIZER}
+    return values | vocabulary | {gguf.CONFIG: json.dumps(settings), _FILES: json.dumps(carried)}
+
+
+def _chat_template(files: Mapping[str, bytes]) -> str | None:
+    """Find the template in a file of its own or, as older ones have it, in tokenizer_config.json."""
+    if _TEMPLATE in files:
+        return files[_TEMPLATE].decode("utf-8", "replace")
+    if "tokenizer_config.json" not in files:
+        return None
+    template = parse_json(files["tokenizer_config.json"], "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -135,19 +119,15 @@ def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     rest; and where there is no tokenizer but the vocabulary's size is gpt-oss's, it is the embedded one.
     """
     path = checkpoint.path
-    files = _from_gguf(path) if checkpoint.layout == "gguf" else {}
-    if checkpoint.layout != "gguf":
-        places = [path]
-        if (
-            checkpoint.layout == "original"
-            and not (path / TOKENIZER).exists()
-            and _is_huggingface(path.parent)
-        ):
-            places.append(path.parent)
-        for name in CARRIED:
-            found = next((place / name for place in places if (place / name).is_file()), None)
-            if found is not None:
-                files[name] = found.read_bytes()
+    if checkpoint.layout == "gguf":
+        files = _from_gguf(path)
+    else:
+        is_bare = checkpoint.layout == "original" and not (path / TOKENIZER).exists()
+        places = [path, path.parent] if is_bare and _is_huggingface(path.parent) else [path]
+        found = {
+            name: place / name for place in reversed(places) for name in CARRIED if (place / name).is_file()
+        }
+        files = {name: file.read_bytes() for name, file in found.items()}
     if TOKENIZER not in files and checkpoint.config.vocab_size == EMBEDDED_VOCAB_SIZE:
         files[TOKENIZER] = _document(embedded())
     return files
@@ -155,13 +135,17 @@ def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 def _from_gguf(path: Path) -> dict[str, bytes]:
     metadata = read_file(path).metadata
-    files = {
-        key.removeprefix(_FILE_KEY): value.encode()
-        for key, value in metadata.items()
-        if key.removeprefix(_FILE_KEY) in CARRIED and isinstance(value, str)
-    }
-    if isinstance(template := metadata.get(_GGUF_TEMPLATE), str):
-        files["chat_template.jinja"] = template.encode()
+    carried = metadata.get(_FILES)
+    if isinstance(carried, str):
+        try:
+            named = parse_json(carried.encode(), f"{path}: {_FILES}")
+            files = {name: b64decode(text, validate=True) for name, text in named.items() if name in CARRIED}
+        except (ValueError, TypeError):
+            raise CheckpointError(f"{path}: {_FILES} is damaged: it must hold files in base64") from None
+    elif isinstance(template := metadata.get(_GGUF_TEMPLATE), str):
+        files = {_TEMPLATE: template.encode()}
+    else:
+        files = {}
     if (document := gguf_vocabulary.to_document(metadata, str(path))) is not None:
         files[TOKENIZER] = _document(document)
     return files
@@ -176,17 +160,6 @@ def _is_huggingface(directory: Path) -> bool:
 
 def _document(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=2).encode()
-
-
-def _gguf_rope(prefix: str, rope: RopeConfig) -> dict[str, Any]:
-    """YaRN as llama.cpp spells it; whether its range is rounded stands in the config that goes along."""
-    return {
-        f"{prefix}.rope.scaling.type": "yarn",
-        f"{prefix}.rope.scaling.factor": float(rope.factor),
-        f"{prefix}.rope.scaling.original_context_length": rope.original_max_position_embeddings,
-        f"{prefix}.rope.scaling.yarn_beta_fast": float(rope.beta_fast),
-        f"{prefix}.rope.scaling.yarn_beta_slow": float(rope.beta_slow),
-    }
 
 
 def _huggingface(config: ModelConfig) -> dict[str, Any]:

@@ -15,15 +15,21 @@ from gptoss_lite.conversion import journal as journals
 from gptoss_lite.conversion.files import File, nbytes
 from gptoss_lite.conversion.journal import Journal
 from gptoss_lite.conversion.plan import Plan
-from gptoss_lite.conversion.targets import Job, as_bytes
+from gptoss_lite.conversion.recode import Errors
+from gptoss_lite.conversion.targets import Job
 from gptoss_lite.errors import CheckpointError, FormatError
 from gptoss_lite.quant import gguffile, tensorfile
-from gptoss_lite.quant.tensorfile import Checksum
+from gptoss_lite.quant.gptq import Costs
+from gptoss_lite.quant.tensorfile import Checksum, as_bytes
 from gptoss_lite.sizes import format_bytes
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of tensors written, of how many
 
 _CHUNK = 8 << 20  # bytes of a finished tensor that are checked at a time
+
+
+class _NoRoom(CheckpointError):
+    """Refuses a plan for which there is too little disk."""
 
 
 class _Stopped(Exception):
@@ -39,18 +45,25 @@ def execute(plan: Plan, *, workers: int, progress: Progress | None = None) -> bo
     The source is not touched. Everything is written into DESTINATION.partial; what an earlier run of the same
     plan has finished there is checked and kept. Raises CheckpointError where the destination is in use, where
     the disk is too small or full, and, as FormatError too, what reading a source raises: of one that cannot
-    be converted nothing is left, else what is done stays for the next run.
+    be converted nothing is left; in all other cases what is done stays for the next run.
     """
-    partial = plan.destination.with_name(f"{plan.destination.name}.partial")
+    partial = plan.destination.parent / f"{plan.destination.name}.partial"
     if _is_there(plan):
         _tidy(plan, partial)  # the last run may have been stopped at its very end
         return False
-    _refuse_destination(plan.destination)
+    _refuse_destination(plan)
+    is_new = not partial.exists()
     journal = Journal.open(partial, plan.digest)
     try:
+        _check_disk(plan, partial)
         _Writer(plan, partial, journal, progress).run(workers)
-        journal.close()
+        if os.name != "posix":  # where what is open cannot be moved; elsewhere it stays locked
+            journal.close()
         _move_into_place(plan, partial)
+    except _NoRoom:
+        if is_new:
+            shutil.rmtree(partial)
+        raise
     except (CheckpointError, FormatError):
         shutil.rmtree(partial)
         raise
@@ -72,7 +85,6 @@ class _Writer:
 
     def run(self, workers: int) -> None:
         """Do all jobs that are not done, then write headers and texts."""
-        self._check_disk()
         for file in self._plan.files:  # the place of its header stays zero until the end: it is not sound yet
             with (self._partial / file.name).open("ab") as opened:
                 opened.truncate(file.size)
@@ -86,14 +98,6 @@ class _Writer:
             with (self._partial / name).open("wb") as opened:
                 opened.write(text)
                 _sync_file(opened)
-
-    def _check_disk(self) -> None:
-        present = [path for file in self._plan.files if (path := self._partial / file.name).exists()]
-        there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in present)
-        needed, free = self._plan.size - there, shutil.disk_usage(self._partial).free
-        if needed > free:
-            sizes = f"needs {format_bytes(needed)} of disk, and {format_bytes(free)} are free"
-            raise CheckpointError(f"{self._plan.destination} {sizes}")
 
     def _do(self, pool: ThreadPoolExecutor, work: Callable[[Job], None], jobs: Sequence[Job]) -> None:
         """Have the workers do some jobs; an error ends them all, and the first one is raised."""
@@ -114,6 +118,7 @@ class _Writer:
         """Check a job's weights and write its tensors, and note their checksums."""
         file = self._files[job.name]
         for weight in job.weights:
+            weight.errors = Errors()
             weight.weight.verify()
         places = [file.starts[tensor.name] for tensor in job.tensors]
         checksums = [Checksum(tensor.name, tensor.dtype, tensor.shape) for tensor in job.tensors]
@@ -127,6 +132,8 @@ class _Writer:
                     _write_at(opened, data, places[index])
                     places[index] += len(data)
                 self._advance(sum(array.nbytes for array in piece))
+        ends = [file.starts[tensor.name] + nbytes(tensor, file.is_gguf) for tensor in job.tensors]
+        assert places == ends, f"{job.name}: written to {places}, not to {ends}"
         with self._lock:
             self._journal.add(
                 job.name,
@@ -153,7 +160,8 @@ class _Writer:
                         del self._journal.records[job.name]
                     return
         for weight, errors in zip(job.weights, record["errors"], strict=True):
-            weight.errors.add(**errors)
+            costs = errors.pop("costs")
+            weight.errors = Errors(**errors, costs=None if costs is None else Costs(**costs))
         self._advance(_size(job, file))
 
     def _advance(self, count: int) -> None:
@@ -189,13 +197,25 @@ def _sync_file(file: IOBase) -> None:
     os.fsync(file.fileno())
 
 
-def _refuse_destination(destination: Path) -> None:
+def _check_disk(plan: Plan, partial: Path) -> None:
+    """Refuse to begin what there is no room for; what is there already needs none."""
+    present = [path for file in plan.files if (path := partial / file.name).exists()]
+    there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in present)
+    needed, free = plan.size - there, shutil.disk_usage(partial).free
+    if needed > free:
+        sizes = f"needs {format_bytes(needed)} of disk, and {format_bytes(free)} are free"
+        raise _NoRoom(f"{plan.destination} {sizes}")
+
+
+def _refuse_destination(plan: Plan) -> None:
+    destination = plan.destination
     if not destination.parent.is_dir():
         raise CheckpointError(
             f"{destination.parent} is not a directory: make it, or give another destination"
         )
-    is_empty = destination.is_dir() and not destination.is_symlink() and not any(destination.iterdir())
-    if not is_empty and (destination.exists() or destination.is_symlink()):
+    is_directory = destination.is_dir() and not destination.is_symlink()
+    may_be_there = is_directory and not plan.is_single_file and not any(destination.iterdir())
+    if not may_be_there and (destination.exists() or destination.is_symlink()):
         raise CheckpointError(f"{destination} exists already: give another destination, or remove it")
 
 
