@@ -24,10 +24,11 @@ def from_blocks(raw: NDArray[np.uint8], dtype: str) -> MXFP4Tensor | Int8Tensor:
         codes = np.ascontiguousarray(raw[..., 2:]).view(np.int8)
         return Int8Tensor(codes.reshape(*codes.shape[:-2], -1), scales)
     blocks = np.empty((*raw.shape[:-1], BLOCK_BYTES), np.uint8)
-    scales = np.empty(raw.shape[:-1], np.uint8)
-    flat = raw.reshape(-1, MXFP4_BYTES)
-    _kernel("take_apart")(flat, blocks.reshape(-1, BLOCK_BYTES), scales.reshape(-1))
-    return MXFP4Tensor(blocks, scales)
+    exponents = np.empty(raw.shape[:-1], np.uint8)
+    kernels = _kernels()
+    apply = take_apart if kernels is None else kernels.take_apart
+    apply(raw.reshape(-1, MXFP4_BYTES), blocks.reshape(-1, BLOCK_BYTES), exponents.reshape(-1))
+    return MXFP4Tensor(blocks, exponents)
 
 
 def to_blocks(tensor: QTensor) -> NDArray[np.uint8]:
@@ -37,17 +38,28 @@ def to_blocks(tensor: QTensor) -> NDArray[np.uint8]:
     """
     match tensor:
         case MXFP4Tensor(blocks=blocks, scales=scales):
-            raw = np.empty((*scales.shape, MXFP4_BYTES), np.uint8)
-            codes = np.ascontiguousarray(blocks).reshape(-1, BLOCK_BYTES)
-            _kernel("put_together")(
-                codes, np.ascontiguousarray(scales).reshape(-1), raw.reshape(-1, MXFP4_BYTES)
+            flat = (
+                np.ascontiguousarray(blocks).reshape(-1, BLOCK_BYTES),
+                np.ascontiguousarray(scales).reshape(-1),
             )
+            return _put_together(*flat).reshape(*scales.shape, MXFP4_BYTES)
         case Int8Tensor(codes=codes, scales=scales):
             raw = np.empty((*scales.shape, Q8_0_BYTES), np.uint8)
             raw[..., :2] = np.ascontiguousarray(scales)[..., None].view(np.uint8)
             raw[..., 2:] = codes.reshape(*scales.shape, BLOCK).view(np.uint8)
-        case _:
-            raise TypeError(f"GGUF has no blocks for {type(tensor).__name__}")
+            return raw
+    raise TypeError(f"GGUF has no blocks for {type(tensor).__name__}")
+
+
+def _put_together(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Use the compiled kernel for as many blocks as make whole words, the definition for the rest."""
+    kernels = _kernels()
+    count = 0 if kernels is None or not blocks.flags.aligned else len(blocks) // 8 * 8
+    raw = np.empty((len(blocks), MXFP4_BYTES), np.uint8)
+    if count:
+        words = raw.reshape(-1)[: count * MXFP4_BYTES].view(np.uint64)
+        kernels.put_together(blocks[:count].view(np.uint64), scales[:count], words)
+    put_together(blocks[count:], scales[count:], raw[count:])
     return raw
 
 
@@ -65,10 +77,10 @@ def put_together(blocks: NDArray[np.uint8], scales: NDArray[np.uint8], raw: NDAr
     raw[:, 1:] = codes[:, :BLOCK_BYTES] | codes[:, BLOCK_BYTES:] << 4
 
 
-def _kernel(name: str) -> Any:
-    """Return Numba's version of a function above, of the same bytes, or the definition without Numba."""
+def _kernels() -> Any:
+    """Numba's versions of these, of the same bytes; None without Numba, or where it has nowhere to write."""
     try:
         from gptoss_lite.kernels.cpu import ggufblocks
-    except ImportError:
-        return globals()[name]
-    return getattr(ggufblocks, name)
+    except (ImportError, RuntimeError):
+        return None
+    return ggufblocks
