@@ -1,7 +1,7 @@
 """Whole conversions beside a copy of the same file on the same disk, in turns: the ratio is what counts.
 
-Two layers of gpt-oss-20b's shapes with half of its experts, random: 0.5 GB in MXFP4 and 1.7 GB in bf16. What is
-copied is the larger side of the conversion. Both ends are on disk when the clock stops.
+Two layers of gpt-oss-20b's shapes with half its experts, random: 0.5 GB in MXFP4, 1.7 GB in bf16. A copy has
+the bytes of the larger side of a conversion. Both ends are on disk when the clock stops.
 """
 
 import json
