@@ -705,11 +705,14 @@ def test_a_finished_tensor_that_was_damaged_since_is_written_again(
         Interrupted(patch, 80, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(CheckpointError):
             quantize(BF16, tmp_path / "out", PRESETS["small"])
-    file = tmp_path / "out.partial" / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    position = next(at for at in range(len(raw) // 2, len(raw)) if raw[at])
-    raw[position] ^= 1
-    file.write_bytes(raw)
+    records = (tmp_path / "out.partial" / journal.NAME).read_text().splitlines()[1:]
+    finished = next(iter(json.loads(records[-1])["checksums"]))
+    starts = plan_quantization(open_checkpoint(BF16), tmp_path / "out", PRESETS["small"]).files[0].starts
+    with (tmp_path / "out.partial" / "model.safetensors").open("r+b") as file:
+        file.seek(starts[finished])
+        byte = file.read(1)
+        file.seek(starts[finished])
+        file.write(bytes([byte[0] ^ 1]))
     plan = quantize(BF16, tmp_path / "out", PRESETS["small"])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert {w.name.name: w.errors for w in plan.weights} == plan_errors

@@ -10,6 +10,7 @@ from pathlib import Path
 from gptoss_lite import __version__
 from gptoss_lite.checkpoint import Checkpoint, StoredForm
 from gptoss_lite.checkpoint.names import Name, names
+from gptoss_lite.checkpoint.quantization import METHOD
 from gptoss_lite.conversion import texts
 from gptoss_lite.conversion.encoders import Encoder
 from gptoss_lite.conversion.files import SHARD_BYTES, File, nbytes, shards
@@ -21,6 +22,7 @@ from gptoss_lite.quant.formats import MXFP4, Format, Int8
 from gptoss_lite.quant.tensorfile import FORMAT
 
 GGUF_SUFFIX = ".gguf"
+PROVENANCE = "gptoss-lite.provenance"  # GGUF's key for what safetensors files have in their metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Plan:
     @property
     def sources(self) -> set[Path]:
         """The files that are read."""
-        return {stored.file for weight in self.checkpoint.weights.values() for stored in weight.stored}
+        return _sources(self.checkpoint)
 
     @property
     def size(self) -> int:
@@ -117,34 +119,43 @@ def make_plan(
     known = _names(checkpoint, target)
     decided = forms(checkpoint, target, known, {name: chosen.get(name) for name in known})
     recoded = [Recoded(name, checkpoint.weights[key], decided[key], encode) for key, name in known.items()]
-    made = jobs(target, recoded)
-    side = texts.side_files(checkpoint)
+    made, origin = jobs(target, recoded), _origin(checkpoint, method)
+    side: dict[str, bytes] = {}
     if target == "gguf":
-        single = destination.suffix == GGUF_SUFFIX
-        name = destination.name if single else f"model{GGUF_SUFFIX}"
-        metadata = texts.gguf_metadata(checkpoint, side) | {
-            "gptoss-lite.provenance": json.dumps(_origin(checkpoint, method))
-        }
-        files, side = [File(name, tuple(made), metadata, is_gguf=True)], {}
+        files = [_gguf_file(checkpoint, destination, made, origin)]
     else:
         if destination.suffix == GGUF_SUFFIX:
             raise CheckpointError(f"{destination} ends in {GGUF_SUFFIX}, and --to {target} makes a directory")
-        config = (
-            texts.original_config(checkpoint.config)
-            if target == "original"
-            else texts.huggingface_config(checkpoint, target, decided)
-        )
-        side |= {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
-        # Others look for "pt" there; a file that only this package can read says so.
-        theirs = target == "original" or config.get("quantization_config", {}).get("quant_method") in (
-            None,
-            "mxfp4",
-        )
-        metadata = {"format": "pt" if theirs else FORMAT, **_origin(checkpoint, method)}
-        files, index = shards(made, metadata, shard_bytes)
-        side |= index
+        files, side = _directory(checkpoint, target, made, decided, origin, shard_bytes)
     digest = _digest(checkpoint, files, side)
     return Plan(checkpoint, target, destination, tuple(files), side, method, in_order, digest)
+
+
+def _gguf_file(checkpoint: Checkpoint, destination: Path, made: list[Job], origin: dict[str, str]) -> File:
+    name = destination.name if destination.suffix == GGUF_SUFFIX else f"model{GGUF_SUFFIX}"
+    metadata = texts.gguf_metadata(checkpoint, texts.side_files(checkpoint))
+    return File(name, tuple(made), metadata | {PROVENANCE: json.dumps(origin)}, is_gguf=True)
+
+
+def _directory(
+    checkpoint: Checkpoint,
+    target: str,
+    made: list[Job],
+    decided: Mapping[str, Format | str],
+    origin: dict[str, str],
+    shard_bytes: int,
+) -> tuple[list[File], dict[str, bytes]]:
+    """Lay out a directory: its files of weights, and the texts beside them."""
+    if target == "original":
+        config, others_read = texts.original_config(checkpoint.config), True
+    else:
+        config = texts.huggingface_config(checkpoint, target, decided)
+        others_read = config.get("quantization_config", {}).get("quant_method") != METHOD
+    # Others look for "pt" there; a file that only this package can read says so.
+    metadata = {"format": "pt" if others_read else FORMAT, **origin}
+    files, index = shards(made, metadata, shard_bytes)
+    text = json.dumps(config, indent=2).encode() + b"\n"
+    return files, {**texts.side_files(checkpoint), "config.json": text, **index}
 
 
 def _names(checkpoint: Checkpoint, target: str) -> dict[str, Name]:
@@ -168,6 +179,10 @@ def _origin(checkpoint: Checkpoint, method: str) -> dict[str, str]:
     }
 
 
+def _sources(checkpoint: Checkpoint) -> set[Path]:
+    return {stored.file for weight in checkpoint.weights.values() for stored in weight.stored}
+
+
 def _model_name(path: Path) -> str:
     """Name a source by its last folder, or in the hub's cache by the model."""
     path = path.absolute()
@@ -180,8 +195,7 @@ def _model_name(path: Path) -> str:
 def _digest(checkpoint: Checkpoint, files: list[File], side: Mapping[str, bytes]) -> str:
     """Sum up everything that decides the bytes of the result, the state of the source's files included."""
     state = hashlib.blake2b(digest_size=16)
-    sources = {t.file for weight in checkpoint.weights.values() for t in weight.stored}
-    for source in sorted(sources):
+    for source in sorted(_sources(checkpoint)):
         stat = source.stat()
         state.update(json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns]).encode())
     for file in files:

@@ -160,8 +160,8 @@ class _Writer:
                         del self._journal.records[job.name]
                     return
         for weight, errors in zip(job.weights, record["errors"], strict=True):
-            costs = errors.pop("costs")
-            weight.errors = Errors(**errors, costs=None if costs is None else Costs(**costs))
+            costs = errors["costs"] and Costs(**errors["costs"])
+            weight.errors = Errors(**errors | {"costs": costs})
         self._advance(_size(job, file))
 
     def _advance(self, count: int) -> None:
