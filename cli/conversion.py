@@ -51,7 +51,7 @@ def open_source(source: str) -> "Checkpoint":
 
 def show_plan(plan: "Plan") -> list[str]:
     """Tell what a conversion will write, by group: formats and bytes, before and after; and where it fits."""
-    from gptoss_lite.cards import fits
+    from gptoss_lite.cards import fits, summary
     from gptoss_lite.inspection import groups
     from gptoss_lite.sizes import format_bytes
 
@@ -61,10 +61,11 @@ def show_plan(plan: "Plan") -> list[str]:
         formats = [", ".join(old.forms), "->", ", ".join(new.forms)]
         sizes = [format_bytes(old.nbytes), "->", format_bytes(new.nbytes)]
         rows.append([old.name, f"{old.tensors:,}", *formats, *sizes])
-    total = format_bytes(sum(group.nbytes for group in before)), format_bytes(plan.size)
+    total = [format_bytes(sum(group.nbytes for group in side)) for side in (before, after)]
     rows.append(["in all", "", "", "", "", total[0], "->", total[1]])
-    cards = [f"  {fit}" for fit in fits(plan.checkpoint.config, plan.stored_forms())]
-    files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''} of weights in {plan.destination}"
+    cards = [f"  {line}" for line in summary(fits(plan.checkpoint.config, plan.stored_forms()))]
+    count = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''} of weights"
+    files = f"{count} and what goes along in {plan.destination}, {format_bytes(plan.size)} in all"
     return [*aligned(rows, right=(1, 5, 7)), "", files, "", "On GPUs:", *cards]
 
 
@@ -93,7 +94,15 @@ def run(plan: "Plan", workers: int | None) -> float | None:
 
     start = time.monotonic()
     with Bar(f"Writing {plan.destination.name}", bytes_counted=True) as bar:
-        written = execute(plan, workers=workers or _cores(), progress=bar.advance)
+        try:
+            written = execute(plan, workers=workers or _cores(), progress=bar.advance)
+        except KeyboardInterrupt:
+            bar.close()
+            click.echo(
+                f"\nWhat is done is kept in {plan.destination}.partial: repeat the command to go on.",
+                err=True,
+            )
+            raise
     if not written:
         click.echo(f"{plan.destination} is there already, made of the same in the same way.", err=True)
         return None

@@ -39,11 +39,16 @@ def convert(
     from gptoss_lite.sizes import format_bytes
 
     plan = plan_conversion(open_source(source), destination, target, shard_bytes=shard_size or SHARD_BYTES)
+    if target == "gguf" and shard_size is not None:
+        raise click.UsageError("--shard-size is for safetensors files: GGUF is one")
     if dry_run:
         echo(plan_document(plan), show_plan(plan), as_json)
         return
     seconds = run(plan, workers)
-    if seconds is not None:
+    if seconds is None:
+        if as_json:
+            echo(plan_document(plan) | {"seconds": None}, [], as_json)
+    else:
         rate = f"{seconds:.1f} s ({plan.size / max(seconds, 1e-9) / 2**20:,.0f} MiB/s)"
         text = [f"Wrote {destination}: {format_bytes(plan.size)} in {rate}"]
         echo(plan_document(plan) | {"seconds": seconds}, text, as_json)

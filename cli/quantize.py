@@ -1,12 +1,16 @@
 """`gptoss-lite quantize`: a checkpoint in fewer bits, and what that cost."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import click
 
 from gptoss_lite import __version__
 from gptoss_lite.cli.conversion import conversion_options, echo, open_source, plan_document, run, show_plan
+from gptoss_lite.errors import FormatError
 
 CHOICES = click.Choice(["mxfp4", "int8", "keep"])
 
@@ -41,13 +45,17 @@ def _read_group_size(_ctx: click.Context, _param: click.Parameter, value: str) -
 )
 @click.option(
     "--group-size",
-    metavar="32|64|96|row",
+    metavar="N|row",
     default="32",
     show_default=True,
     callback=_read_group_size,
-    help="Columns that share a scale of int8.",
+    help="Columns that share a scale of int8: a multiple of 32, or the whole row.",
 )
-@click.option("--scales", type=click.Choice(["bf16", "float16", "e8m0"]), help="Of int8; bf16 by default.")
+@click.option(
+    "--scales",
+    type=click.Choice(["bf16", "float16", "e8m0"]),
+    help="Of int8; bf16 by default, e8m0 for MXFP4.",
+)
 @click.option(
     "--mxfp4-scales",
     type=click.Choice(["search", "ocp"]),
@@ -63,10 +71,8 @@ def _read_group_size(_ctx: click.Context, _param: click.Parameter, value: str) -
 )
 @click.option(
     "--calibrate-tokens",
-    type=click.IntRange(min=1),
-    default=16384,
-    show_default=True,
-    help="Most tokens of that text to use.",
+    type=click.IntRange(min=512),
+    help="Most tokens of that text to use; 16384 by default.",
 )
 @click.option(
     "--report", type=click.Path(path_type=Path), metavar="FILE", help="Write the cost as an HTML page."
@@ -75,8 +81,8 @@ def quantize(
     source: str, destination: Path, preset: str, experts: str | None, attention: str | None,
     lm_head: str | None, embedding: str | None, tensors: tuple[str, ...], group_size: int | None,
     scales: Literal["bf16", "float16", "e8m0"] | None, mxfp4_scales: str, calibrate: Path | None,
-    calibrate_tokens: int, report: Path | None, shard_size: int | None, workers: int | None, dry_run: bool,
-    as_json: bool,
+    calibrate_tokens: int | None, report: Path | None, shard_size: int | None, workers: int | None,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a checkpoint with some of its weights quantised, and tell what it cost.
 
@@ -92,24 +98,31 @@ def quantize(
     SOURCE is a directory in any layout or a GGUF file; or a name: demo, 20b, 120b, or org/name on the hub.
     DESTINATION gets Hugging Face's layout. An interrupted run goes on when the command is repeated.
     """
-    from gptoss_lite.calibrate import read_rows
+    from gptoss_lite.calibrate import MAX_TOKENS, read_rows
     from gptoss_lite.conversion import plan_quantization
     from gptoss_lite.conversion.cost import tensor_reports
     from gptoss_lite.conversion.files import SHARD_BYTES
+    from gptoss_lite.quant.formats import MXFP4, Int8
     from gptoss_lite.quant.policy import make_policy
     from gptoss_lite.quant.report import Report, lines, to_json
+    from gptoss_lite.quant.report_html import html
     from gptoss_lite.tokenizer import load_tokenizer
 
-    if report is not None and not report.parent.is_dir():
-        raise click.UsageError(f"--report {report}: {report.parent} is not a directory")
     given = {"experts": experts, "attention": attention, "lm_head": lm_head, "embedding": embedding}
     groups = {group: choice for group, choice in given.items() if choice is not None}
-    policy = make_policy(preset, groups=groups, tensors=tensors, group_size=group_size, scales=scales)
+    if calibrate is None and calibrate_tokens is not None:
+        raise click.UsageError("--calibrate-tokens are those of a text: give --calibrate, too")
+    if report is not None and dry_run:
+        raise click.UsageError("--report tells what it cost, which --dry-run cannot")
+    try:
+        policy = make_policy(preset, groups=groups, tensors=tensors, group_size=group_size, scales=scales)
+    except FormatError as error:
+        raise click.UsageError(str(error)) from None
     checkpoint = open_source(source)
     rows = None
     if calibrate is not None:
         tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-        rows = read_rows(calibrate, tokenizer, calibrate_tokens)
+        rows = read_rows(calibrate, tokenizer, calibrate_tokens or MAX_TOKENS)
     plan = plan_quantization(
         checkpoint,
         destination,
@@ -118,29 +131,58 @@ def quantize(
         calibration_rows=rows,
         shard_bytes=shard_size or SHARD_BYTES,
     )
+    if all(not isinstance(w.form, MXFP4 | Int8) or w.form == w.before for w in plan.weights):
+        click.echo("Note: nothing is to be quantised, for all of it has its format already.", err=True)
     if dry_run:
         echo(plan_document(plan), show_plan(plan), as_json)
         return
-    seconds = run(plan, workers)
-    if seconds is None:
-        if report is not None or as_json:
-            raise click.ClickException(
-                f"no report: what quantising cost is known when {destination} is written"
-            )
-        return
-    asked = (
-        f"preset {preset}",
-        *(f"{group} {choice}" for group, choice in groups.items()),
-        *tensors,
-        plan.method,
-    )
-    made = Report(source, str(destination), asked, seconds, __version__, tensor_reports(plan))
-    if report is not None:
-        from gptoss_lite.quant.report_html import html
+    with _page(report) as page:
+        seconds = run(plan, workers)
+        if seconds is None:
+            if page is not None:
+                raise click.ClickException("no report: what it cost is only known when it is written")
+            if as_json:
+                echo(plan_document(plan) | {"seconds": None, "report": None}, [], as_json)
+            return
+        rounding = f"mxfp4 scales by {mxfp4_scales}"
+        if rows is not None:
+            rounding = f"calibrated on {calibrate}, {sum(map(len, rows)):,} tokens"
+        asked = (
+            f"preset {preset}",
+            *(f"{group} {choice}" for group, choice in groups.items()),
+            *tensors,
+            rounding,
+        )
+        made = Report(source, str(destination), asked, seconds, __version__, tensor_reports(plan))
+        echo(
+            plan_document(plan) | {"seconds": seconds, "report": to_json(made)},
+            [f"Wrote {destination} in {seconds:.1f} s", "", *lines(made)],
+            as_json,
+        )
+        if page is not None:
+            page.write(html(made))
 
-        report.write_text(html(made), encoding="utf-8")
-    echo(
-        plan_document(plan) | {"seconds": seconds, "report": to_json(made)},
-        [f"Wrote {destination} in {seconds:.1f} s", "", *lines(made)],
-        as_json,
-    )
+
+@contextmanager
+def _page(path: Path | None) -> Iterator[TextIO | None]:
+    """Open a page to be written later, so that it is known before a long run that it can be.
+
+    It has another name until it is whole. Raises UsageError where it cannot be made.
+    """
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise click.UsageError(f"--report {path} exists already: give another name, or remove it")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        page = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise click.UsageError(f"--report {path} cannot be written: {error.strerror}") from None
+    try:
+        with page:
+            yield page
+        if partial.stat().st_size:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Which GPUs, by the memory they are sold with, a model fits on, and with how long a context."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptoss_lite.checkpoint import StoredForm
@@ -22,11 +22,19 @@ class Fit:
     context: int | None
     host_layers: int = 0
 
-    def __str__(self) -> str:
-        if self.context is None:
-            return f"{self.card} GB: no"
-        where = f", experts of {self.host_layers} layers in host memory" if self.host_layers else ""
-        return f"{self.card} GB: {self.context:,} tokens of context{where}"
+
+def summary(found: Sequence[Fit]) -> list[str]:
+    """Tell how a model lies on cards, from the smallest on: a line where something changes."""
+    lines: list[str] = []
+    last: tuple[int | None, int] | None = None
+    for fit in found:
+        if (fit.context, fit.host_layers) == last:
+            continue
+        last = fit.context, fit.host_layers
+        where = f", experts of {fit.host_layers} layers in host memory" if fit.host_layers else ""
+        what = "too small" if fit.context is None else f"{fit.context:,} tokens of context{where}"
+        lines.append(f"from {fit.card} GB: {what}")
+    return lines
 
 
 def fits(config: ModelConfig, forms: Mapping[str, StoredForm]) -> list[Fit]:

@@ -60,7 +60,7 @@ def resolve(path: str | os.PathLike[str], progress: Progress | None = None) -> P
         import huggingface_hub  # noqa: F401
     except ImportError:
         raise CheckpointError(
-            f"{name} does not exist, and downloading it takes huggingface_hub: pip install 'gptoss-lite[hub]'"
+            f"{name} is no path, and to download it takes huggingface_hub: pip install 'gptoss-lite[hub]'"
         ) from None
     return _download(wanted, progress)
 

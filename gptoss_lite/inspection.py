@@ -48,7 +48,7 @@ def label(form: StoredForm) -> str:
             return "mxfp4"
         case "INT8":
             assert form.scales is not None
-            return str(Int8(form.group, form.scales))
+            return str(Int8(None if form.is_row else form.group, form.scales))
     return form.dtype.lower()
 
 

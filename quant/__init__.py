@@ -53,6 +53,8 @@ def quantize(
     a few MB of scratch.
     Raises FormatError on an unknown format, a shape or dtype that does not fit, and on NaN or infinity.
     """
+    if not isinstance(array, np.ndarray):
+        raise FormatError(f"cannot quantise {type(array).__name__}: give a NumPy array")
     match format:
         case "mxfp4":
             return codecs.encode(array, MXFP4(), search=search, weights=weights)

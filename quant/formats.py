@@ -38,7 +38,7 @@ class Int8:
         """Check the choices; raises FormatError."""
         size = self.group_size
         if size is not None and (type(size) is not int or size < BLOCK or size % BLOCK):
-            raise FormatError(f"int8 group_size is {size!r}: give a multiple of {BLOCK}, or None for a row")
+            raise FormatError(f"int8 group_size is {size!r}: give a multiple of {BLOCK}, or a whole row")
         if self.scales not in get_args(Scales):
             raise FormatError(f"unknown int8 scales {self.scales!r}: choose bf16, float16 or e8m0")
 

@@ -96,6 +96,11 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, or not a file")
     try:
+        with path.open("rb") as file:  # the library says of a file that it may not read that it is not there
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    try:
         with safe_open(path, "numpy"):
             pass
         with path.open("rb") as file:

@@ -313,7 +313,7 @@ def test_offsets_decide_not_the_order_of_the_header(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_directory_or_a_file_is_refused(tmp_path: Path) -> None:
-    assert "absent is not a directory" in refusal(lambda: open_checkpoint(tmp_path / "absent"))
+    assert "absent does not exist: give a directory" in refusal(lambda: open_checkpoint(tmp_path / "absent"))
     assert "config.json is missing" in refusal(lambda: open_checkpoint(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert "no *.safetensors" in refusal(lambda: open_checkpoint(tmp_path))

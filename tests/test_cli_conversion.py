@@ -80,7 +80,8 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_fit_where(tmp_path: Path)
     text = done("quantize", BF16, tmp_path / "q", "--preset", "smallest", "--dry-run")
     assert list(tmp_path.iterdir()) == []
     assert "attention" in text and "mxfp4, bf16" in text
-    assert "  8 GB: 131,072 tokens of context" in text
+    assert "  from 8 GB: 131,072 tokens of context" in text
+    assert text.count("tokens of context") == 1
     document = json.loads(
         done("quantize", BF16, tmp_path / "q", "--preset", "smallest", "--dry-run", "--json")
     )
@@ -121,10 +122,8 @@ def test_mxfp4_is_kept_unless_an_option_names_it(tmp_path: Path) -> None:
             ("--group-size", "96", "--attention", "int8"),
             "o_proj.weight has 512 columns, which groups of 96 do not",
         ),
-        (("--group-size", "48", "--attention", "int8"), "group_size is 48: give a multiple of 32"),
         (("--tensor", "*.mlp.router.weight=int8"), "routers, norms, sinks and biases are never quantised"),
-        (("--tensor", "lm_head.weight=int4"), "'lm_head.weight=int4' is no format for a weight"),
-        (("--tensor", "lm_head.weight=int8:many"), "'many' is no group of columns"),
+        (("--tensor", "*.mlp.nothing=int8"), "'*.mlp.nothing' matches no weight of this model"),
         (("--tensor", "*.q_proj.weight=int8"), "they are one matrix, give them one format"),
         (("--calibrate", "no-such-text"), "no-such-text cannot be read"),
     ],
@@ -139,6 +138,14 @@ def test_what_quantize_cannot_do_is_told_in_a_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ("--group-size", "48", "--attention", "int8"),
+            "group_size is 48: give a multiple of 32, or a whole row",
+        ),
+        (("--tensor", "lm_head.weight=int4"), "'lm_head.weight=int4' is no format for a weight"),
+        (("--tensor", "lm_head.weight=int8:many"), "'many' is no group of columns"),
+        (("--calibrate-tokens", "1024"), "give --calibrate, too"),
+        (("--report", "r.html", "--dry-run"), "--dry-run cannot"),
         (("--preset", "tiny"), "'tiny' is not one of 'experts', 'balanced', 'small', 'smallest'"),
         (("--group-size", "wide"), "'wide' is neither a number of columns nor row"),
         (("--router", "int8"), "No such option"),
@@ -151,15 +158,39 @@ def test_wrong_options_are_told_as_such(tmp_path: Path, options: tuple[str, ...]
     assert message in refused("quantize", "demo", tmp_path / "q", *options, code=2)
 
 
-def test_a_report_is_only_made_with_the_result_and_where_it_can_be(tmp_path: Path) -> None:
-    page = tmp_path / "no" / "report.html"
-    assert "no is not a directory" in refused("quantize", BF16, tmp_path / "q", "--report", page, code=2)
-    assert list(tmp_path.iterdir()) == []
+def test_a_report_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "mine.html").write_text("dear")
+    for page, message in (
+        (tmp_path / "no" / "r.html", "r.html cannot be written: No such file or directory"),
+        (tmp_path / "mine.html", "mine.html exists already"),
+        (tmp_path, "exists already"),
+    ):
+        assert message in refused("quantize", BF16, tmp_path / "q", "--report", page, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
+    assert (tmp_path / "mine.html").read_text() == "dear"
+
+
+def test_what_is_there_already_is_told_to_people_and_programs(tmp_path: Path) -> None:
     done("quantize", BF16, tmp_path / "q")
     result = run("quantize", BF16, tmp_path / "q", "--report", tmp_path / "report.html")
     assert result.exit_code == 1
     assert "is there already" in result.stderr
-    assert "no report" in result.stderr
+    assert "no report: what it cost is only known when it is written" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    again = run("quantize", BF16, tmp_path / "q", "--json")
+    assert again.exit_code == 0
+    document = json.loads(again.stdout)
+    assert (document["seconds"], document["report"]) == (None, None)
+    done("convert", "demo", tmp_path / "c", "--to", "hf")
+    assert (
+        json.loads(run("convert", "demo", tmp_path / "c", "--to", "hf", "--json").stdout)["seconds"] is None
+    )
+
+
+def test_quantising_what_is_quantised_is_noted(tmp_path: Path) -> None:
+    result = run("quantize", "demo", tmp_path / "q", "--dry-run")
+    assert "Note: nothing is to be quantised" in result.stderr
+    assert "Note" not in run("quantize", BF16, tmp_path / "q", "--dry-run").stderr
 
 
 def test_quantize_calibrates_on_a_text_and_says_what_that_bought(tmp_path: Path) -> None:

@@ -441,7 +441,12 @@ def refusal(call: Callable[[], object], kind: type[Exception] = FormatError) -> 
             "bf16",
             "lm_head.weight: int8 codes times bf16 scales have more digits than bf16",
         ),
-        ("lm_head", Int8(64, "float16"), "gguf", "GGUF has int8 by groups of 32 with float16 scales"),
+        (
+            "lm_head",
+            Int8(64, "float16"),
+            "gguf",
+            "GGUF has int8 by groups of 32 with float16 scales (quantize --scales float16), not",
+        ),
         ("experts", Int8(32, "bf16"), "gguf", "experts.gate_up_proj"),
     ],
 )

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Checkpoint:
         for name, weight in self.weights.items():
             form = weight.form
             tied = any(weight is other for other in seen)
-            forms[name] = StoredForm(form.dtype, 0, form.group, form.scales) if tied else form
+            forms[name] = replace(form, nbytes=0) if tied else form
             seen.append(weight)
         return forms
 
@@ -91,7 +91,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not os.fspath(path) or not os.path.isdir(directory):  # unlike Path's, it takes any string
         if directory.suffix == ".gguf" and os.path.isfile(directory):
             return _open_gguf(directory)
-        raise CheckpointError(f"{directory} is not a directory: give one with config.json, or a GGUF file")
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise CheckpointError(f"{directory} {what}: give a directory with config.json, or a GGUF file")
     if not (directory / "config.json").exists() and (files := sorted(directory.glob("*.gguf"))):
         if len(files) > 1:
             shown = ", ".join(file.name for file in files[:5])

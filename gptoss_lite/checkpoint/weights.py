@@ -24,13 +24,14 @@ class StoredForm:
     """How a checkpoint holds one tensor.
 
     dtype: "BF16", "F16", "F32", or of a packed one, scales included, "MXFP4" or "INT8". group: columns
-    that share a scale, for INT8, and scales their kind.
+    that share a scale, for INT8, is_row whether these are all, and scales their kind.
     """
 
     dtype: str
     nbytes: int
     group: int = 32
     scales: Scales | None = None
+    is_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Weight(ABC):
             case MXFP4():
                 return StoredForm("MXFP4", self.nbytes)
             case Int8() as int8:
-                return StoredForm("INT8", self.nbytes, int8.group(self.shape[-1]), int8.scales)
+                group = int8.group(self.shape[-1])
+                return StoredForm("INT8", self.nbytes, group, int8.scales, int8.group_size is None)
         return StoredForm(self.stored[0].dtype, self.nbytes)
 
     @abstractmethod

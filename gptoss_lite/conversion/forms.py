@@ -141,7 +141,9 @@ def _reason(target: str, name: Name, weight: Weight, form: Format | None) -> str
         case None, "original" if name.is_experts:
             return "original/ has its experts in mxfp4 alone"
         case Int8() as int8, "gguf" if (int8.group(name.shape[-1]), int8.scales) != (BLOCK, "float16"):
-            return f"GGUF has int8 by groups of 32 with float16 scales, and this is {int8}"
+            return (
+                f"GGUF has int8 by groups of 32 with float16 scales (quantize --scales float16), not {int8}"
+            )
     return None
 
 

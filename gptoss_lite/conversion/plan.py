@@ -90,7 +90,8 @@ def stored_form(weight: Recoded, size: int) -> StoredForm:
         case MXFP4():
             return StoredForm("MXFP4", size)
         case Int8() as form:
-            return StoredForm("INT8", size, form.group(weight.name.shape[-1]), form.scales)
+            group = form.group(weight.name.shape[-1])
+            return StoredForm("INT8", size, group, form.scales, form.group_size is None)
         case dtype:
             return StoredForm(dtype, size)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoss_lite import vocab
 from gptoss_lite.checkpoint import Checkpoint, gguf, gguf_vocabulary
 from gptoss_lite.checkpoint.quantization import Quantization, summarised
 from gptoss_lite.config import ModelConfig
@@ -21,7 +22,7 @@ TOKENIZER = "tokenizer.json"
 CARRIED = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE",
-    "USAGE_POLICY", "NOTICE", "README.md",
+    "USAGE_POLICY", "NOTICE",
 )  # fmt: skip
 
 _FILES = "gptoss-lite.files"  # GGUF's key for such files, in those we write
@@ -165,7 +166,10 @@ def _document(value: Mapping[str, Any]) -> bytes:
 def _huggingface(config: ModelConfig) -> dict[str, Any]:
     """Spell what original/ says as Hugging Face's config.json of the same model does."""
     rope = config.rope
+    special = vocab.SPECIAL_TOKENS if config.vocab_size == EMBEDDED_VOCAB_SIZE else {}
+    ends = {"eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
     return {
+        **{key: special[token] for key, token in ends.items() if token in special},
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "head_dim": config.head_dim,
