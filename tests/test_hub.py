@@ -579,8 +579,7 @@ def test_a_gated_repository_is_one_line_that_says_where_to_ask(
 def test_without_huggingface_hub_a_name_is_one_line_that_says_what_to_install(run: Run) -> None:
     result = run("import sys; sys.modules['huggingface_hub'] = None;" + COMMAND, *ANSWER, "--model", "20b")
     assert result.stderr == (
-        "Error: 20b is no path, and to download it takes huggingface_hub: "
-        "pip install 'gptoss-lite[hub]'\n"
+        "Error: 20b is no path, and to download it takes huggingface_hub: pip install 'gptoss-lite[hub]'\n"
     )
     assert result.returncode == 1
 
