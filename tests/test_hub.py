@@ -288,6 +288,7 @@ def test_an_empty_name_is_refused() -> None:
         resolve("")
 
 
+@pytest.mark.soak
 def test_a_revision_is_a_commit_or_a_branch(hub: Hub, run: Run) -> None:
     hub.add("org/model", single())
     commit = hub.commits["org/model"]
@@ -311,6 +312,7 @@ def test_a_repository_with_one_gguf_file_gives_that(hub: Hub, run: Run) -> None:
     assert found(run(RESOLVE, "org/model", HF_HUB_OFFLINE="1")) == path
 
 
+@pytest.mark.soak
 def test_of_several_gguf_files_one_must_be_named(hub: Hub, run: Run) -> None:
     hub.add("org/model", {"a.gguf": b"a", "b/c.gguf": b"c", "d-00001-of-00002.gguf": b"d"})
     line = refusal(run(RESOLVE, "org/model"))
@@ -321,6 +323,7 @@ def test_of_several_gguf_files_one_must_be_named(hub: Hub, run: Run) -> None:
     assert found(run(RESOLVE, "org/model/b/c.gguf@main")).read_bytes() == b"c"
 
 
+@pytest.mark.soak
 def test_another_model_is_refused_before_its_weights_are_fetched(hub: Hub, run: Run) -> None:
     hub.add("org/llama", {**single(), "config.json": b'{"model_type": "llama"}'})
     assert "org/llama/config.json: model_type is 'llama'" in refusal(run(RESOLVE, "org/llama"))
@@ -344,6 +347,7 @@ def test_an_index_that_names_what_is_not_there_is_refused_before_the_rest(hub: H
     assert "model.safetensors" not in hub.requested()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_connection_that_is_cut_is_taken_up_where_it_was(hub: Hub, run: Run, reset: bool) -> None:
     hub.add("org/model", single())
@@ -370,6 +374,7 @@ def test_a_run_goes_on_where_the_one_before_was_broken_off(hub: Hub, run: Run) -
     assert not list(path.parent.parent.glob("blobs/*.incomplete"))
 
 
+@pytest.mark.soak
 def test_where_one_file_cannot_be_had_the_others_are_not_gone_on_with(
     hub: Hub, run: Run, environment: dict[str, str]
 ) -> None:
@@ -410,6 +415,7 @@ def test_ctrl_c_ends_a_download_at_once_and_keeps_what_has_come(
     assert hub.headers("/storage/")[0]["range"] == f"bytes={HALF}-"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("remains", [b"x" * HALF, WEIGHTS[:-1] + b"x", WEIGHTS + b"x"])
 def test_a_half_file_that_is_not_of_these_weights_is_found_out(
     hub: Hub, run: Run, environment: dict[str, str], remains: bytes
@@ -427,6 +433,7 @@ def test_a_half_file_that_is_not_of_these_weights_is_found_out(
     assert contents(found(result)) == single()
 
 
+@pytest.mark.soak
 def test_progress_ends_with_all_bytes_of_weights_and_goes_on_from_those_there(hub: Hub, run: Run) -> None:
     hub.add("org/model", {**single(), "tokenizer.json": b"{}"})
     total = len(WEIGHTS)
@@ -440,6 +447,7 @@ def test_progress_ends_with_all_bytes_of_weights_and_goes_on_from_those_there(hu
     assert run(PROGRESS, "org/model").stdout == f"[[{total}, {total}]]\n"
 
 
+@pytest.mark.soak
 def test_a_terminal_sees_one_bar_and_none_of_huggingface_hub_s(
     hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -530,6 +538,7 @@ def test_offline_a_model_in_the_cache_is_found(
     assert "is not in the cache" in refusal(run(RESOLVE, "org/model", **variables))
 
 
+@pytest.mark.soak
 def test_a_hub_that_does_not_answer_is_not_waited_for_longer_than_asked(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
@@ -538,6 +547,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_longer_than_asked(run: Run
         assert time.monotonic() - start < 8
 
 
+@pytest.mark.soak
 def test_an_index_in_the_cache_is_not_enough_without_what_it_lists(
     hub: Hub, run: Run, tiny_path: Path
 ) -> None:
@@ -548,6 +558,7 @@ def test_an_index_in_the_cache_is_not_enough_without_what_it_lists(
     assert "is not in the cache" in refusal(run(RESOLVE, "org/tiny", HF_HUB_OFFLINE="1"))
 
 
+@pytest.mark.soak
 def test_offline_an_update_that_was_broken_off_leaves_the_model_there_was(hub: Hub, run: Run) -> None:
     hub.add("org/model", single())
     path = found(run(RESOLVE, "org/model"))
