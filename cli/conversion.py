@@ -98,10 +98,9 @@ def run(plan: "Plan", workers: int | None) -> float | None:
             written = execute(plan, workers=workers or _cores(), progress=bar.advance)
         except KeyboardInterrupt:
             bar.close()
-            click.echo(
-                f"\nWhat is done is kept in {plan.destination}.partial: repeat the command to go on.",
-                err=True,
-            )
+            partial = f"{plan.destination}.partial"
+            if os.path.exists(partial):
+                click.echo(f"\nWhat is done is kept in {partial}: repeat the command to go on.", err=True)
             raise
     if not written:
         click.echo(f"{plan.destination} is there already, made of the same in the same way.", err=True)

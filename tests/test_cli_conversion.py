@@ -13,7 +13,7 @@ from gptoss_lite.checkpoint import open_checkpoint
 from gptoss_lite.cli.main import main
 from gptoss_lite.quant.formats import MXFP4, Int8
 from tests.conftest import DATA
-from tests.test_conversion import DEMO, assert_same
+from tests.test_conversion import DEMO, Interrupted, assert_same
 
 BF16 = DATA / "demo" / "bf16"
 
@@ -236,6 +236,15 @@ def test_convert_says_what_it_wrote_and_how_fast(tmp_path: Path) -> None:
     result = run("convert", "demo", tmp_path / "demo.gguf", "--to", "gguf")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "is there already" in result.stderr
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 40, KeyboardInterrupt())
+        result = run("convert", "demo", tmp_path / "d", "--to", "hf")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert f"What is done is kept in {tmp_path / 'd'}.partial: repeat the command to go on." in result.stderr
+    assert done("convert", "demo", tmp_path / "d", "--to", "hf").startswith("Wrote ")
 
 
 def test_convert_can_cut_files_and_tell_its_plan_as_json(tmp_path: Path) -> None:
