@@ -1,27 +1,29 @@
-"""Hot CPU kernels at gpt-oss-20b's shapes: answers checked, bytes per second beside those of a plain read."""
+"""The CPU kernels at gpt-oss-20b's shapes: answers checked, rates beside what the machine can do."""
 
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gptoss_lite.kernels.cpu import attention, elementwise, linear, sampling
-from gptoss_lite.ops import get_ops
-from gptoss_lite.quant import MXFP4Tensor
-from gptoss_lite.quant.mxfp4 import E2M1
-from gptoss_lite.sampling import gumbel_argmax
+from bench.shares import Report
+from gptoss_lite.kernels.cpu import elementwise, isa
+from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
+from gptoss_lite.kernels.cpu.experts import experts_packed
+from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
+from gptoss_lite.kernels.cpu.router import make_router
+from gptoss_lite.ops.cpu_weights import tiles
+from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
 
-HIDDEN, INTERMEDIATE, EXPERTS = 2880, 2880, 4
-CODES = np.asarray(E2M1, np.float32)
+HIDDEN, INNER, EXPERTS, CHOSEN, QKV = 2880, 2880, 32, 4, 5120
+NOTHING, NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+HOST = isa.host()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> None:
-    """Let the CPU backend set its threads up as it does for a model."""
-    get_ops("cpu")
+both_activations = pytest.mark.parametrize("activations", ["accurate", "int8"])
+some_tokens = pytest.mark.parametrize("tokens", [1, 4, 512])
 
 
 @pytest.fixture(scope="module")
@@ -29,131 +31,147 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture
-def report(benchmark: BenchmarkFixture) -> Callable[[int, int], None]:
-    """Note bytes moved and multiplications made per call, as rates of the median."""
-
-    def note(nbytes: int, products: int) -> None:
-        assert benchmark.stats is not None
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info["GB/s"] = round(nbytes / seconds / 1e9, 2)
-        benchmark.extra_info["GMAC/s"] = round(products / seconds / 1e9, 2)
-
-    return note
-
-
-def bench_yardstick_read(benchmark: BenchmarkFixture, report: Callable[[int, int], None]) -> None:
-    """Read 256 MB from one thread: what the other figures are to be held against."""
-    data = np.ones(1 << 28, np.uint8).view(np.uint64)
-    assert benchmark(data.max) == 0x0101010101010101
-    report(data.nbytes, 0)
-
-
-@pytest.mark.parametrize("tokens", [1, 64])
-def bench_linear_mxfp4(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator, tokens: int
-) -> None:
-    """Four experts' gate_up, each over its own rows."""
-    blocks = rng.integers(0, 256, (EXPERTS, 2 * INTERMEDIATE, HIDDEN // 32, 16), np.uint8)
-    scales = rng.integers(118, 124, blocks.shape[:3], np.uint8)
-    x = rng.standard_normal((EXPERTS * tokens, HIDDEN), np.float32)
-    groups = np.arange(EXPERTS, dtype=np.int32)
-    starts = np.arange(0, len(x) + 1, tokens, dtype=np.int32)
-    y = np.empty((len(x), 2 * INTERMEDIATE), np.float32)
-    args = (x, blocks, scales, CODES, groups, starts, y)
-    benchmark.pedantic(linear.linear_mxfp4, args, rounds=15, warmup_rounds=2)
-    want = x[-1:] @ MXFP4Tensor(blocks[-1], scales[-1]).dequantize().T
-    np.testing.assert_allclose(y[-1:], want, rtol=0, atol=1e-4 * np.abs(want).max())
-    report(blocks.nbytes + scales.nbytes, len(x) * 2 * INTERMEDIATE * HIDDEN)
-
-
-@pytest.mark.parametrize("tokens", [1, 64])
-def bench_linear_dense(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator, tokens: int
-) -> None:
-    """One layer's query, key and value projection in bf16."""
-    values = rng.standard_normal((5120, HIDDEN), np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-    weight = (values >> np.uint32(16)).astype(np.uint16)[None]
-    x = rng.standard_normal((tokens, HIDDEN), np.float32)
-    y = np.empty((tokens, 5120), np.float32)
-    args: tuple[Any, ...] = (x, weight, np.zeros(1, np.int32), np.array([0, tokens], np.int32), y)
-    benchmark.pedantic(linear.linear_dense, args, rounds=15, warmup_rounds=2)
-    want = x @ values.view(np.float32).T
-    np.testing.assert_allclose(y, want, rtol=0, atol=1e-4 * np.abs(want).max())
-    report(weight.nbytes, tokens * 5120 * HIDDEN)
-
-
-@pytest.mark.parametrize("window", [128, 1 << 30], ids=["sliding", "full"])
-def bench_attention(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator, window: int
-) -> None:
-    """One token at position 4,095: 64 query heads on 8 key heads of 64."""
-    blocks = 256
-    keys, values = (rng.standard_normal((blocks, 8, 16, 64), np.float32) for _ in range(2))
-    bits = [(a.view(np.uint32) >> np.uint32(16)).astype(np.uint16) for a in (keys, values)]
-    q, out = rng.standard_normal((1, 64, 64), np.float32), np.empty((1, 64, 64), np.float32)
-    table = np.arange(blocks, dtype=np.int32)[None]
-    sequence, positions = np.zeros(1, np.int32), np.array([4095], np.int32)
-    sinks = np.zeros(64, np.float32)
-    args = (q, *bits, table, sequence, positions, sinks, window, 0.125, out)
-    benchmark.pedantic(attention.attention, args, rounds=30, warmup_rounds=2)
-    span = min(window, 4096)
-    k, v = (
-        (b.astype(np.uint32) << np.uint32(16)).view(np.float32).swapaxes(0, 1).reshape(8, 4096, 64)[:, -span:]
-        for b in bits
+def mxfp4(rng: np.random.Generator, *shape: int) -> MXFP4Tensor:
+    groups = (*shape[:-1], shape[-1] // 32)
+    return MXFP4Tensor(
+        rng.integers(0, 256, (*groups, 16), np.uint8), rng.integers(115, 119, groups, np.uint8)
     )
-    scores = np.einsum("hmd,hkd->hmk", q.reshape(8, 8, 64), k) / 8
-    weights: NDArray[np.float32] = np.exp(scores)
-    want = np.einsum("hmk,hkd->hmd", weights, v) / (weights.sum(-1, keepdims=True) + 1)
-    np.testing.assert_allclose(out.reshape(want.shape), want, atol=1e-5)
-    report(2 * span * 8 * 64 * 2, 2 * span * 64 * 64)
 
 
-def bench_rms_norm(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+def int8(rng: np.random.Generator, *shape: int) -> Int8Tensor:
+    scales = rng.random((*shape[:-1], shape[-1] // 32), np.float32) / 4096
+    return Int8Tensor(rng.integers(-127, 128, shape, np.int8), scales.astype(ml_dtypes.bfloat16))
+
+
+def assert_close(got: NDArray[Any], want: NDArray[Any], activations: str) -> None:
+    """Compare rows by their Euclidean norms."""
+    error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() < (1e-4 if activations == "accurate" else 2e-2)
+
+
+@some_tokens
+@both_activations
+@pytest.mark.parametrize("make", [mxfp4, int8])
+def bench_linear_packed(
+    benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator,
+    make: Callable[..., QTensor], activations: str, tokens: int,
+) -> None:  # fmt: skip
+    """One layer's query, key and value projection; copies that no cache holds take turns."""
+    weight = make(rng, QKV, HIDDEN)
+    w, x = tiles(weight, 1), rng.standard_normal((tokens, HIDDEN), np.float32)
+    copies = [w.records.copy() for _ in range(16 if tokens < 512 else 1)]
+    y, linear = np.empty((tokens, QKV), np.float32), linear_packed(HOST, w.format, activations)
+
+    def run() -> None:
+        for record in copies:
+            rows = quantized(HOST, w.format, activations, x)
+            linear(record, w.code_bytes, w.groups, w.group_blocks, w.is_fp16, *rows, NOTHING, NO_ROWS, y)
+
+    report.run(run, rounds=9)
+    assert_close(y, x @ weight.dequantize().T, activations)
+    if tokens < 512:
+        report.share("read", len(copies) * w.records.nbytes)
+    else:
+        report.share("dot", tokens * QKV * HIDDEN * (2 if activations == "accurate" else 1))
+
+
+@some_tokens
+def bench_linear_dense(
+    benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator, tokens: int
 ) -> None:
-    """A prefill step of 512 tokens."""
-    x, weight = rng.standard_normal((512, HIDDEN), np.float32), rng.standard_normal(HIDDEN, np.float32)
-    y = np.empty_like(x)
-    benchmark.pedantic(elementwise.rms_norm, (x, weight, 1e-5, y), rounds=15, warmup_rounds=2)
-    want = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-5) * weight
-    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
-    report(x.nbytes + y.nbytes, 3 * x.size)
+    """The same in bf16."""
+    weight = rng.standard_normal((QKV, HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
+    x, y = rng.standard_normal((tokens, HIDDEN), np.float32), np.empty((tokens, QKV), np.float32)
+    copies = [weight.view(np.uint16)[None].copy() for _ in range(12 if tokens < 512 else 1)]
+    linear = linear_dense(HOST, "bf16")
+    groups, starts = np.zeros(1, np.int32), np.array([0, tokens], np.int32)
+
+    def run() -> None:
+        for bits in copies:
+            linear(bits, groups, starts, x, NOTHING, NO_ROWS, y)
+
+    report.run(run, rounds=9 if tokens < 512 else 3)
+    assert_close(y, x @ weight.astype(np.float32).T, "accurate")
+    if tokens < 512:
+        report.share("read", len(copies) * weight.nbytes)
+    else:
+        report.share("multiply-add", tokens * QKV * HIDDEN)
 
 
-def bench_swiglu(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
+@some_tokens
+@both_activations
+def bench_experts(
+    benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator, activations: str, tokens: int
 ) -> None:
-    """The 2,048 expert rows of 512 tokens."""
-    x = rng.standard_normal((2048, 2 * INTERMEDIATE), np.float32) * 4
-    bias, expert = np.zeros((1, 2 * INTERMEDIATE), np.float32), np.zeros(2048, np.int32)
-    y = np.empty((2048, INTERMEDIATE), np.float32)
-    benchmark.pedantic(elementwise.swiglu, (x, bias, expert, 7.0, y), rounds=15, warmup_rounds=2)
+    """One layer's mixture, each time of other experts."""
+    gate_up, down = mxfp4(rng, EXPERTS, 2 * INNER, HIDDEN), mxfp4(rng, EXPERTS, HIDDEN, INNER)
+    up, back = tiles(gate_up, 2), tiles(down, 2)
+    added = (
+        rng.standard_normal((EXPERTS, 2 * INNER), np.float32),
+        rng.standard_normal((EXPERTS, HIDDEN), np.float32),
+    )
+    h, x = (rng.standard_normal((tokens, HIDDEN), np.float32) for _ in range(2))
+    choices = [
+        np.stack([rng.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)]).astype(np.int32)
+        for _ in range(8 if tokens < 512 else 1)
+    ]
+    weights, out = rng.random((tokens, CHOSEN), np.float32), np.empty_like(x)
+    experts = experts_packed(HOST, up.format, back.format, activations)
+
+    def run() -> None:
+        for ids in choices:
+            experts(
+                h, ids, weights,
+                up.records, up.code_bytes, up.groups, up.group_blocks, up.is_fp16, added[0],
+                back.records, back.code_bytes, back.groups, back.group_blocks, back.is_fp16, added[1],
+                7.0, x, out,
+            )  # fmt: skip
+
+    report.run(run, rounds=9 if tokens < 512 else 3)
+    want = x[:1].copy()
+    for e, share in zip(choices[-1][0], weights[0], strict=True):
+        both = h[:1] @ gate_up[e].dequantize().T + added[0][e]
+        gate, more = np.minimum(both[:, ::2], 7), np.clip(both[:, 1::2], -7, 7)
+        inner = gate / (1 + np.exp(-1.702 * gate)) * (more + 1)
+        want += share * (inner @ down[e].dequantize().T + added[1][e])
+    assert_close(out[:1], want, activations)
+    if tokens < 512:
+        used = sum(len(np.unique(ids)) for ids in choices)
+        report.share("read", used * (up.records.shape[1] + back.records.shape[1]))
+    else:
+        products = tokens * CHOSEN * 3 * INNER * HIDDEN
+        report.share("dot", products * (2 if activations == "accurate" else 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def bench_router(benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator, tokens: int) -> None:
+    """Normalise, and choose 4 of 32 experts."""
+    x, norm = rng.standard_normal((tokens, HIDDEN), np.float32), rng.standard_normal(HIDDEN, np.float32)
+    weight = rng.standard_normal((EXPERTS, HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
+    added = rng.standard_normal(EXPERTS, np.float32)
+    ids, weights = np.empty((tokens, CHOSEN), np.int32), np.empty((tokens, CHOSEN), np.float32)
+    route = make_router(HOST, "bf16")
+    report.run(lambda: route(rms_norm(x, norm, 1e-5), weight.view(np.uint16), added, ids, weights))
+    logits = rms_norm(x, norm, 1e-5) @ weight.astype(np.float32).T + added
+    np.testing.assert_array_equal(ids[:, 0], logits.argmax(axis=1))
+    report.share("multiply-add", tokens * EXPERTS * HIDDEN)
+
+
+def bench_quantise_activations(benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator) -> None:
+    """The rows of a prefill step, in 16 bits."""
+    x = rng.standard_normal((512, HIDDEN), np.float32)
+    _, scales, _ = report.run(lambda: quantized(HOST, "int8", "accurate", x))
+    first = np.abs(x[:8, :32]).max(axis=1) / 32512
+    np.testing.assert_allclose(scales[: HOST.tokens], first[: HOST.tokens], rtol=1e-6)
+    report.share("read", x.nbytes)
+
+
+def bench_swiglu(benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator) -> None:
+    """The 2,048 rows of dense experts of 512 tokens."""
+    x = rng.standard_normal((2048, 2 * INNER), np.float32) * 4
+    bias, expert = np.zeros((1, 2 * INNER), np.float32), np.zeros(2048, np.int32)
+    y = np.empty((2048, INNER), np.float32)
+    report.run(lambda: elementwise.swiglu(x, bias, expert, 7.0, y))
     gate, up = np.minimum(x[:, ::2], 7), np.clip(x[:, 1::2], -7, 7)
     np.testing.assert_allclose(y, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
-    report(x.nbytes + y.nbytes, 0)
-
-
-def bench_combine(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
-) -> None:
-    """Four experts' results added to each of 512 tokens."""
-    x, y = rng.standard_normal((512, HIDDEN), np.float32), rng.standard_normal((2048, HIDDEN), np.float32)
-    bias, expert = np.zeros((1, HIDDEN), np.float32), np.zeros(2048, np.int32)
-    rows = rng.permutation(2048).astype(np.int32).reshape(512, 4)
-    weights, out = rng.random((512, 4), np.float32), np.empty_like(x)
-    args = (x, y, bias, expert, rows, weights, out)
-    benchmark.pedantic(elementwise.combine, args, rounds=15, warmup_rounds=2)
-    np.testing.assert_allclose(out, x + np.einsum("tc,tck->tk", weights, y[rows]), rtol=1e-4, atol=1e-4)
-    report(x.nbytes + y.nbytes + out.nbytes, y.size)
-
-
-def bench_gumbel_argmax(
-    benchmark: BenchmarkFixture, report: Callable[[int, int], None], rng: np.random.Generator
-) -> None:
-    """One draw over gpt-oss's 201,088 logits."""
-    logits = rng.standard_normal(201_088, np.float32) * 3
-    args = (logits, 1.0, 7, 0, 5)
-    token = benchmark.pedantic(sampling.gumbel_argmax, args, rounds=15, warmup_rounds=2)
-    assert token == gumbel_argmax(*args)
-    report(logits.nbytes, 0)
+    report.share("read", x.nbytes + y.nbytes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,11 +71,15 @@ def _check(checkpoint: "Checkpoint") -> tuple[int, int]:
     """Verify every tensor -> how many there are, and how many have a checksum."""
     done, with_checksum = 0, 0
     with Bar(f"Checking {checkpoint.path}", bytes_counted=True) as bar:
+
+        def note(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.advance(min(done, checkpoint.nbytes), checkpoint.nbytes)  # tied weights are read twice
+
         for weight in checkpoint.weights.values():
-            weight.verify()
-            done += weight.nbytes
+            weight.verify(os.cpu_count() or 1, note)
             with_checksum += all(stored.checksum is not None for stored in weight.stored)
-            bar.advance(min(done, checkpoint.nbytes), checkpoint.nbytes)
     return len(checkpoint.weights), with_checksum
 
 

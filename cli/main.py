@@ -13,6 +13,7 @@ from gptoss_lite.cli.printing import one_line
 from gptoss_lite.errors import GptOssError
 
 COMMANDS = {
+    "bench": "gptoss_lite.cli.bench:bench",
     "chat": "gptoss_lite.cli.chat:chat",
     "convert": "gptoss_lite.cli.convert:convert",
     "generate": "gptoss_lite.cli.generate:generate",

@@ -122,7 +122,15 @@ model_options = _bundle(
         "type": click.IntRange(min=1),
         "help": "Tokens to keep keys and values of; one context by default.",
     },
-    threads={"type": click.IntRange(min=1), "help": "CPU threads; all by default."},
+    threads={"type": click.IntRange(min=1), "help": "CPU threads; one a core by default."},
+    activations={
+        "type": click.Choice(["accurate", "int8"]),
+        "help": "On a CPU, what packed weights multiply: `int8` reads prompts faster, and is less accurate.",
+    },
+    dense={
+        "type": click.Choice(["int8"]),
+        "help": "On a CPU, quantise attention and output matrices while loading: answers come faster.",
+    },
 )
 chat_options = _bundle(
     "turn",

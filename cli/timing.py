@@ -1,6 +1,5 @@
 """What `--verbose` says of a run: times, rates and memory."""
 
-import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -27,14 +26,17 @@ class Stopwatch:
 
     def report(self, model: "GptOss", usage: "Usage") -> str:
         """Return one line for each figure; a rate counts the tokens that were computed in that time."""
+        from gptoss_lite.machine import peak_memory
+
         prompt, answer = self._first - self._loaded, self._last - self._first
+        peak = peak_memory()
         figures = {
             "device": model.ops.name,
             "load": f"{self._loaded - self._start:.2f} s",
             "first token": f"after {prompt:.3f} s",
             "prompt": _rate(usage.prompt_tokens - usage.cached_tokens, prompt),
             "generation": _rate(usage.completion_tokens - 1, answer),
-            "peak memory": _peak_memory(),
+            "peak memory": "-" if peak is None else f"{peak / 2**30:.2f} GiB",
             "seed": usage.seed,
         }
         return "\n".join(f"{name + ':':13}{figure}" for name, figure in figures.items())
@@ -42,12 +44,3 @@ class Stopwatch:
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:.1f} tokens/s ({tokens} tokens)" if tokens > 0 and seconds > 0 else "-"
-
-
-def _peak_memory() -> str:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "-"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak * (1 if sys.platform == 'darwin' else 1024) / 2**30:.2f} GiB"

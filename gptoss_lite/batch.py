@@ -1,6 +1,7 @@
 """One ragged batch: prefill chunks and decode steps of several sequences, laid end to end."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ from gptoss_lite.cache import BLOCK_TOKENS
 Int32 = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """What one forward pass computes: T tokens of S sequences.
 
@@ -29,12 +30,29 @@ class Batch:
     rows: Int32
     decoding: npt.NDArray[np.bool_]
 
-    @property
+    @cached_property
     def sequence(self) -> Int32:
         """The sequence each token belongs to, (T,)."""
         counts = np.diff(self.query_start)
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def slots(self, table: Int32) -> tuple[Int32, Int32]:
-        """Where each token's key and value go under `table`: block ids and places in the block, (T,) each."""
+        """Where each token's key and value go under `table`: block ids and places in the block, (T,) each.
+
+        table: one of this batch's own, which all layers of a kind share.
+        """
+        if table is self.full_table:
+            return self._full_slots
+        assert table is self.sliding_table
+        return self._sliding_slots
+
+    @cached_property
+    def _full_slots(self) -> tuple[Int32, Int32]:
+        return self._slots(self.full_table)
+
+    @cached_property
+    def _sliding_slots(self) -> tuple[Int32, Int32]:
+        return self._slots(self.sliding_table)
+
+    def _slots(self, table: Int32) -> tuple[Int32, Int32]:
         return table[self.sequence, self.positions // BLOCK_TOKENS], self.positions % BLOCK_TOKENS

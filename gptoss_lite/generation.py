@@ -6,7 +6,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import aclosing
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from gptoss_lite import hub
 from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
@@ -66,7 +66,9 @@ class GenerateOptions(TypedDict, total=False):
 class LoadOptions(TypedDict, total=False):
     """How to load; each may be left out.
 
-    threads: CPU threads, all cores by default. device_memory: the most bytes of a GPU's memory to take, by
+    threads: CPU threads, one a core by default. activations: what packed weights are multiplied by on a CPU,
+    "accurate", the default, 16 bits, or "int8". dense: "int8" quantises attention and lm_head while loading,
+    on a CPU, where the checkpoint has them dense. device_memory: the most bytes of a GPU's memory to take, by
     default what is free; where the model does not fit in it, experts stay in host memory. cache_tokens: how
     many tokens' keys and values to have room for, one model context by default. progress: called with the
     bytes read and the bytes in all. planned: called, before anything is read, with what will lie where on a
@@ -74,6 +76,8 @@ class LoadOptions(TypedDict, total=False):
     """
 
     threads: int | None
+    activations: Literal["accurate", "int8"] | None
+    dense: Literal["int8"] | None
     device_memory: int | None
     cache_tokens: int | None
     progress: Progress | None
@@ -202,7 +206,13 @@ def _load(checkpoint: Checkpoint, device: str, options: LoadOptions) -> GptOss:
         value = options.get(name)
         if value is not None and (type(value) is not int or value < 1):
             raise RequestError(f"{name} is {value!r}: give an integer of at least 1, or None")
-    ops = get_ops(device, options.get("threads"), options.get("device_memory"))
+    ops = get_ops(
+        device,
+        options.get("threads"),
+        options.get("device_memory"),
+        options.get("activations"),
+        options.get("dense"),
+    )
     return GptOss(
         checkpoint,
         ops,

@@ -14,7 +14,6 @@ from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import RequestError
 from gptoss_lite.memory import Plan
 from gptoss_lite.ops.base import Array, Linear, Norm, Ops, Pending, Use, floats, natural
-from gptoss_lite.quant import concatenate
 from gptoss_lite.rope import yarn
 from gptoss_lite.sampling import Draw
 
@@ -33,8 +32,7 @@ class WeightReader:
     def raw(self, name: str) -> Any:
         """Read a checked tensor as it is stored."""
         tensor = self.checkpoint.tensor(name)
-        self.checkpoint.verify(name)
-        self.note(tensor.nbytes)
+        self.checkpoint.verify(name, self.ops.host_threads, self.note)
         return tensor
 
     def vector(self, name: str) -> Array:
@@ -42,10 +40,14 @@ class WeightReader:
         vector: Array = self.raw(name).astype(np.float32)
         return vector
 
-    def norm(self, name: str, eps: float) -> tuple[Norm, float]:
+    def norm(self, name: str, eps: float) -> tuple[Norm, Callable[[], float]]:
         """Read a norm, and how large what it returns can become: sqrt(hidden) times its largest weight."""
         weight = self.vector(name)
-        return Norm(self.ops.vector(weight), eps), math.sqrt(len(weight)) * float(np.abs(weight).max())
+
+        def reach() -> float:
+            return math.sqrt(len(weight)) * float(np.abs(weight).max())
+
+        return Norm(self.ops.vector(weight), eps), reach
 
     def matrix(self, name: str, use: Use) -> Any:
         """Read a weight in the backend's own form."""
@@ -82,15 +84,18 @@ class Attention:
         parts = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
         out = f"{prefix}.self_attn.o_proj"
         norm, reach = read.norm(f"{prefix}.input_layernorm.weight", config.rms_norm_eps)
-        weights = [natural(read.raw(f"{part}.weight")) for part in parts]
+        weights = [read.raw(f"{part}.weight") for part in parts]
         biases = [read.vector(f"{part}.bias") for part in parts]
-        # Attention averages values, so none of its results is larger than the largest of them can be.
-        value_reach = float((_row_norms(weights[2]) * reach + np.abs(biases[2])).max())
+
+        def value_reach() -> float:
+            # Attention averages values, so none of its results is larger than the largest of them can be.
+            return float((_row_norms(natural(weights[2])) * reach() + np.abs(biases[2])).max())
+
         sliding = config.layer_types[layer] == "sliding_attention"
         return cls(
             norm=norm,
             qkv=Linear(
-                ops.prepare(concatenate(weights), Use("qkv", layer, reach)),
+                ops.prepare_stacked(weights, Use("qkv", layer, reach)),
                 ops.vector(np.concatenate(biases)),
             ),
             out=read.linear(f"{out}.weight", f"{out}.bias", Use("out", layer, value_reach)),
@@ -124,7 +129,10 @@ class Experts:
         router, experts = f"{prefix}.mlp.router", f"{prefix}.mlp.experts"
         gate_up, down, limit = f"{experts}.gate_up_proj", f"{experts}.down_proj", config.swiglu_limit
         norm, reach = read.norm(f"{prefix}.post_attention_layernorm.weight", config.rms_norm_eps)
-        inner_reach = limit * (limit + 1)  # a gate of at most `limit` times an up of at most `limit`, plus 1
+
+        def inner_reach() -> float:
+            return limit * (limit + 1)  # a gate of at most `limit` times an up of at most `limit`, plus 1
+
         return cls(
             norm=norm,
             router=read.linear(f"{router}.weight", f"{router}.bias", Use("router", layer, reach)),

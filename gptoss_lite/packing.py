@@ -9,19 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_lite.errors import FormatError
+from gptoss_lite.kernels.cpu.layout import TILE_ROWS
+from gptoss_lite.kernels.cpu.layout import Layout as CPULayout
+from gptoss_lite.kernels.cpu.records import read_codes, read_scales, room, write
 from gptoss_lite.kernels.cuda import layout as tiles
 from gptoss_lite.kernels.cuda.layout import BLOCK, HEAD_DIM, Layout, gate_up_rows, plain_rows, rope_rows
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
-from gptoss_lite.quant.formats import MXFP4, Format, Int8
-from gptoss_lite.quant.int8 import SCALE_DTYPES
-from gptoss_lite.quant.mxfp4 import BLOCK_BYTES
+from gptoss_lite.quant.formats import MXFP4, Format, Int8, Scales
+from gptoss_lite.quant.int8 import SCALE_DTYPES, invalid_bits
+from gptoss_lite.quant.mxfp4 import BLOCK_BYTES, SUSPECT
+from gptoss_lite.threads import spread
 
 # Fragment order, one record a matrix, with all that the checkpoint says: no scale is adapted to fp16.
 CUDA_TILES = "cuda-t16-v1"
-# The checkpoint's own order as one run of bytes: blocks or codes of all experts, then all scales.
+# Sixteen rows side by side, one record a matrix, the same for every CPU and every kind of matrix.
+CPU_TILES = "cpu-r16-v1"
+# The checkpoint's own order as one run of bytes: blocks or codes of all experts, then all scales. Conversions
+# wrote it before there were CPU_TILES, and such files are read.
 CPU_ROWS = "cpu-rows-v1"
-LAYOUTS = (CUDA_TILES, CPU_ROWS)
+LAYOUTS = (CUDA_TILES, CPU_TILES, CPU_ROWS)
 
+_TASK_BYTES = 1 << 22  # of codes that a thread packs at a time
 _Bytes: TypeAlias = NDArray[np.uint8]
 _KINDS = {
     "self_attn.q_proj.weight": "qkv", "self_attn.k_proj.weight": "qkv", "self_attn.v_proj.weight": "qkv",
@@ -64,11 +72,32 @@ class PackedTensor(QTensor):
         if self.layout == CPU_ROWS:
             rows: NDArray[Any] = self.unpack().scales
             return rows
+        if self.layout == CPU_TILES:
+            matrix = cpu_layout(self.format, self.shape)
+            bits = read_scales(matrix, self.data.reshape(-1, matrix.nbytes))
+            return _from_bits(bits, self.format).reshape(*self.shape[:-1], -1)
         form, order = tile_layout(self.format, self.shape, self.kind)
         is_mxfp4 = form.format is tiles.Format.MXFP4
         take = tiles.unpack_mxfp4_scales if is_mxfp4 else tiles.unpack_int8_scales
         bits = take(form, self.data.reshape(-1, form.nbytes), order)
         return _from_bits(bits, self.format).reshape(*self.shape[:-1], -1)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a scale in tiles is so large that `quant.qtensor.invalid_scale` must tell if it can be.
+
+        Looks at the scales where they lie, and at nothing else.
+        """
+        form: CPULayout | Layout = cpu_layout(self.format, self.shape)
+        if self.layout == CUDA_TILES:
+            form, _ = tile_layout(self.format, self.shape, self.kind)
+        scales = self.data.reshape(-1, form.nbytes)[:, form.code_bytes :]
+        match self.format:
+            case MXFP4():
+                return bool(scales.max() >= SUSPECT)
+            case Int8(scales=kind):
+                held: Scales = "float16" if kind == "float16" else "bf16"
+                return any(invalid_bits(record.view(np.uint16), held) is not None for record in scales)
 
     def unpack(self) -> MXFP4Tensor | Int8Tensor:
         """Return the weight in its natural order; see the function `unpack`."""
@@ -84,7 +113,7 @@ class PackedTensor(QTensor):
 
     def __getitem__(self, index: Any) -> Self:
         """Return an expert, or a slice of the experts, of a stack in tiles."""
-        is_stack = len(self.shape) == 3 and self.layout == CUDA_TILES
+        is_stack = len(self.shape) == 3 and self.layout != CPU_ROWS
         if not is_stack or not isinstance(index, int | np.integer | slice):
             raise IndexError(f"cannot index {self.layout} of {self.shape} by {index}: unpack it first")
         data = self.data[index]
@@ -127,6 +156,16 @@ def tile_layout(format: Format, shape: tuple[int, ...], kind: str) -> tuple[Layo
             return Layout(tiles.Format.INT8, rows, columns, group, scale_bf16=is_bf16), order
 
 
+def cpu_layout(format: Format, shape: tuple[int, ...]) -> CPULayout:
+    """Lay one matrix of a weight (E, N, K) or (N, K) out in the tiles of CPUs: where a record has what."""
+    rows, columns = shape[-2:]
+    match format:
+        case MXFP4():
+            return CPULayout(rows, columns // 2, columns // BLOCK, 1, True)
+        case Int8():
+            return CPULayout(rows, columns, columns // format.group(columns), 2, False)
+
+
 def packed_shape(format: Format, shape: tuple[int, ...], kind: str, layout: str) -> tuple[int, ...]:
     """Tell the shape of a packed weight's uint8 array: (E, nbytes) or (nbytes,) in tiles, else flat.
 
@@ -138,6 +177,8 @@ def packed_shape(format: Format, shape: tuple[int, ...], kind: str, layout: str)
     if layout == CPU_ROWS:
         codes, scales = _row_bytes(format, shape)
         return (codes + scales,)
+    if layout == CPU_TILES:
+        return (*shape[:-2], cpu_layout(format, shape).nbytes)
     return (*shape[:-2], tile_layout(format, shape, kind)[0].nbytes)
 
 
@@ -146,12 +187,10 @@ def pack(tensor: QTensor, kind: str, layout: str) -> _Bytes:
 
     It comes back from `unpack`, every byte of it. Raises FormatError as `packed_shape` does.
     """
+    if layout == CPU_TILES:
+        return pack_tiles(tensor)
     packed = np.empty(packed_shape(tensor.format, tensor.shape, kind, layout), np.uint8)
-    match tensor:
-        case MXFP4Tensor(blocks=codes, scales=scales) | Int8Tensor(codes=codes, scales=scales):
-            pass
-        case _:
-            raise FormatError(f"cannot pack {type(tensor).__name__}: give it in its natural order")
+    codes, scales = _fields(tensor)
     codes = np.ascontiguousarray(codes).view(np.uint8)
     if layout == CPU_ROWS:
         packed[: codes.size] = codes.reshape(-1)
@@ -165,6 +204,31 @@ def pack(tensor: QTensor, kind: str, layout: str) -> _Bytes:
     return packed
 
 
+def pack_tiles(tensor: QTensor, threads: int = 1) -> _Bytes:
+    """Bring a quantised weight into the tiles of CPUs, as `pack` does, by so many threads.
+
+    tensor: (E, N, K) or (N, K); read where it lies, perhaps mapped and at any address. Returns uint8 (E,
+    record) or (record,), see `cpu_layout`. Raises FormatError as `packed_shape` does.
+    """
+    format, shape = tensor.format, tensor.shape
+    form = cpu_layout(format, shape)
+    packed = room(packed_shape(format, shape, "matrix", CPU_TILES))
+    records = packed.reshape(-1, form.nbytes)
+    codes, scales = (field.reshape(len(records), form.rows, -1) for field in _fields(tensor))
+    step = max(1, _TASK_BYTES // (TILE_ROWS * form.row_bytes))
+    tasks = [(expert, first) for expert in range(len(records)) for first in range(0, form.tiles, step)]
+
+    def work(task: tuple[int, int]) -> None:
+        expert, first = task
+        rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
+        bits = _to_bits(scales[expert, rows], format)
+        write(form, first, codes[expert, rows].view(np.uint8), bits, records[expert])
+
+    for _ in spread(work, tasks, threads):
+        pass
+    return packed
+
+
 def unpack(
     data: _Bytes, layout: str, format: Format, shape: tuple[int, ...], kind: str
 ) -> MXFP4Tensor | Int8Tensor:
@@ -174,6 +238,10 @@ def unpack(
         codes, scales = data[:codes_bytes], data[codes_bytes:]
         if isinstance(format, Int8):
             scales = np.require(scales.view(SCALE_DTYPES[format.scales]), requirements="A")
+    elif layout == CPU_TILES:
+        matrix = cpu_layout(format, shape)
+        records = data.reshape(-1, matrix.nbytes)
+        codes, scales = read_codes(matrix, records), _from_bits(read_scales(matrix, records), format)
     else:
         form, order = tile_layout(format, shape, kind)
         records, rows = data.reshape(-1, form.nbytes), shape[-2]
@@ -187,6 +255,13 @@ def unpack(
     if isinstance(format, MXFP4):
         return MXFP4Tensor(codes.reshape(*scales.shape, BLOCK_BYTES), scales)
     return Int8Tensor(codes.reshape(-1).view(np.int8).reshape(shape), scales)
+
+
+def _fields(tensor: QTensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    match tensor:
+        case MXFP4Tensor(blocks=codes, scales=scales) | Int8Tensor(codes=codes, scales=scales):
+            return codes, scales
+    raise FormatError(f"cannot pack {type(tensor).__name__}: give it in its natural order")
 
 
 def _row_bytes(format: Format, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -221,7 +296,8 @@ def _pack_record(
 ) -> None:
     """Pack one matrix: the bytes of its codes (N, ...), scales (N, units) -> record uint8 (form.nbytes,)."""
     if (fast := _fast()) is not None:
-        kernel = fast.pack_mxfp4 if form.format is tiles.Format.MXFP4 else fast.pack_int8
+        is_mxfp4 = form.format is tiles.Format.MXFP4
+        kernel = fast.pack_mxfp4 if is_mxfp4 else fast.pack_int8
         kernel(codes, scales, order, *_parts(form, record))
     elif form.format is tiles.Format.MXFP4:
         blocks = codes.reshape(1, *scales.shape, BLOCK_BYTES)
@@ -256,9 +332,12 @@ def _parts(form: Layout, record: _Bytes) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _fast() -> Any:
-    """Return the kernels for a CPU, None where they cannot be compiled: Numba may be missing beside a GPU."""
+    """Return the kernels for a CPU, None where they cannot be compiled.
+
+    Beside a GPU, Numba may be missing, or have nowhere to write.
+    """
     try:
         from gptoss_lite.kernels.cpu import tiles as kernels
-    except ImportError:
+    except (ImportError, RuntimeError):
         return None
     return kernels

@@ -7,7 +7,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from gptoss_lite.errors import GptOssError, RequestError
 
 Array: TypeAlias = npt.NDArray[Any]
 LogitsProcessor: TypeAlias = Callable[[Sequence[int], Array], Array]
-GumbelArgmax: TypeAlias = Callable[[Array, float, int, int, int], int]  # see gumbel_argmax
 
 _INTEGER_TYPES = (int, np.integer)
 _NUMBER_TYPES = (int, float, np.integer, np.floating)
@@ -31,6 +30,7 @@ _NUMBERS = {  # option -> smallest and largest value
 }
 _INTEGERS = {"top_k": (0, 2**31 - 1), "seed": (0, 2**64 - 1), "logprobs": (0, 20)}
 _OPTIONAL = ("seed", "logprobs")
+_LOWEST = np.finfo(np.float32).min
 _TOKENS = (0, 2**31 - 1)
 _BIASES = (-100, 100)
 
@@ -94,6 +94,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     @property
+    def penalizes(self) -> bool:
+        """Whether tokens of the prompt or the output have their logits changed."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @property
     def greedy(self) -> bool:
         """Whether the best token is taken, without chance."""
         return self.temperature < _GREEDY_BELOW
@@ -134,6 +139,26 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class Fast(Protocol):
+    """What takes long, done a device's own way: a module or an object with these functions.
+
+    They have logits float32 (V,), finite or -inf, and the largest of them, `best`.
+    """
+
+    def draw(
+        self, logits: Array, best: float, left: Array | None, temperature: float, top_p: float, min_p: float,
+        seed: int, choice: int, position: int,
+    ) -> int | None:  # fmt: skip
+        """Draw the token that `gumbel_argmax` draws of what `keep` keeps; None if that is too close to call.
+
+        Too close: sums in another order, or logarithms rounded otherwise, could decide for another token. The
+        functions of this module do it then. left: ids of the tokens that top_k leaves, unsorted; None: all.
+        """
+
+    def log_sum_exp(self, logits: Array, best: float) -> float:
+        """Do what `log_sum_exp` does, to 1e-6."""
+
+
 def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """Scramble counters with Philox4x32-10; each 32-bit word may be an array -> the words in uint64."""
     c0, c1, c2, c3 = np.array(np.broadcast_arrays(*counter), np.uint64)
@@ -157,36 +182,38 @@ def philox_uniform(seed: int, choice: int, position: int, token_ids: npt.ArrayLi
 
 
 def adjust(logits: Array, draw: Draw) -> Array:
-    """Apply processors, bias and penalties, in vLLM's order -> a new float32 (V,).
+    """Apply processors, bias and penalties, in vLLM's order -> a new float32 (V,); logits if there are none.
 
-    Raises RequestError for a bias outside the vocabulary, for a processor that returns another shape, NaN or
-    +inf, and when no token is left.
+    Raises RequestError for a bias outside the vocabulary, and for a processor that returns another shape.
     """
     params = draw.params
+    bias, processors = params.logit_bias, params.logits_processors
+    if not (processors or bias or params.penalizes):
+        return logits
     adjusted = logits.copy()
-    for processor in params.logits_processors:
+    for processor in processors:
         returned = processor(tuple(draw.tokens), adjusted)
         adjusted = np.array(returned, np.float32)  # copied: it may keep its own array
         if adjusted.shape != logits.shape:
             raise RequestError(f"a logits processor returned shape {adjusted.shape}: must be {logits.shape}")
-    if params.logit_bias:
-        if (token := max(params.logit_bias)) >= len(logits):
+    if bias:
+        if (token := max(bias)) >= len(logits):
             raise RequestError(f"logit_bias names token {token}: the vocabulary ends at {len(logits) - 1}")
-        adjusted[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
-    if params.repetition_penalty != 1:
-        seen = np.unique(np.asarray(draw.tokens, np.int64))
-        penalty, values = np.float32(params.repetition_penalty), adjusted[seen]
-        adjusted[seen] = np.where(values < 0, values * penalty, values / penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        output = np.asarray(draw.tokens[draw.prompt_length :], np.int64)
-        used, counts = np.unique(output, return_counts=True)
-        adjusted[used] -= params.presence_penalty + params.frequency_penalty * counts
-    best = adjusted.max()
-    if best == -np.inf:
-        raise RequestError("logit_bias and logits_processors forbid every token: leave at least one")
-    if not np.isfinite(best):
-        raise RequestError(f"logits_processors returned {best}: must be finite, or -inf to forbid")
+        adjusted[np.fromiter(bias, np.int64)] += np.fromiter(bias.values(), np.float32)
+    if params.penalizes:
+        _penalize(adjusted, draw)
     return adjusted
+
+
+def _penalize(logits: Array, draw: Draw) -> None:
+    # A token that stands in the text many times is written as often, each time the same number.
+    params, tokens = draw.params, np.asarray(draw.tokens, np.int64)
+    if params.repetition_penalty != 1:
+        penalty, values = np.float32(params.repetition_penalty), logits[tokens]
+        logits[tokens] = np.where(values < 0, values * penalty, values / penalty)
+    output = tokens[draw.prompt_length :]
+    counts = np.bincount(output)[output]
+    logits[output] = logits[output] - (params.presence_penalty + params.frequency_penalty * counts)
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
@@ -237,19 +264,23 @@ def gumbel_argmax(logits: Array, temperature: float, seed: int, choice: int, pos
     return int(ids[np.argmax(logits[ids].astype(np.float64) / temperature + noise)])
 
 
-def sample(
-    logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax
-) -> list[Sampled | Exception]:
+def log_sum_exp(logits: Array, best: float) -> float:
+    """Give the logarithm of the sum of exp(logits); logits float32 (V,), best the largest of them."""
+    return float(best + np.log(np.exp(logits.astype(np.float64) - best).sum()))
+
+
+def sample(logits: Array, draws: Sequence[Draw], fast: Fast | None = None) -> list[Sampled | Exception]:
     """Draw one token per row of logits float32 (S, V); a row's result depends on that row alone.
 
-    argmax: the device's own gumbel_argmax. A draw that fails has its exception in its place, and the others
-    go on: GptOssError for a row with NaN or +inf or nothing but -inf, RequestError as `adjust` raises it, and
-    whatever the request's own logits processors raise.
+    fast: how the device does what takes long. A draw that fails has its exception in its place, and the
+    others go on: GptOssError for a row with NaN or +inf or nothing but -inf, RequestError as `adjust` raises
+    it, for a processor that leaves NaN or +inf, and when no token is left, and whatever the request's own
+    logits processors raise.
     """
 
     def attempt(row: Array, draw: Draw) -> Sampled | Exception:
         try:
-            return _sample(row, draw, argmax)
+            return _sample(row, draw, fast)
         except Exception as error:  # a request's own logits processor may raise anything
             return error
 
@@ -264,33 +295,62 @@ def not_finite(position: int) -> GptOssError:
     )
 
 
-def _sample(logits: Array, draw: Draw, argmax: GumbelArgmax) -> Sampled:
+def _sample(logits: Array, draw: Draw, fast: Fast | None) -> Sampled:
     params = draw.params
-    if not np.isfinite(best := logits.max()):  # NaN if any logit is
+    token = int(logits.argmax())  # NaN counts as the largest
+    best = float(logits[token])
+    if not math.isfinite(best):
         raise not_finite(draw.position)
-    adjusted = adjust(logits, draw)
-    if params.greedy:
+    adjusted, highest = adjust(logits, draw), best
+    if adjusted is not logits:
         token = int(adjusted.argmax())
-    else:
-        kept = keep(adjusted, params)
-        token = argmax(kept, params.temperature, draw.seed, draw.choice, draw.position)
+        highest = float(adjusted[token])
+        if highest == -math.inf:
+            raise RequestError("logit_bias and logits_processors forbid every token: leave at least one")
+        if not math.isfinite(highest):
+            raise RequestError(f"logits_processors returned {highest}: must be finite, or -inf to forbid")
+    if not params.greedy:
+        token = _draw(adjusted, highest, draw, fast)
     if params.logprobs is None:
         return Sampled(token)
-    total = best + np.log(np.exp(logits.astype(np.float64) - best).sum())
+    total = fast.log_sum_exp(logits, best) if fast else log_sum_exp(logits, best)
     top = _best(logits, params.logprobs)
     top = top[np.argsort(-logits[top], kind="stable")]
-    ranked = tuple((int(i), float(logits[i] - total)) for i in top)
-    return Sampled(token, float(logits[token] - total), ranked)
+    logprobs = (logits[top].astype(np.float64) - total).tolist()
+    return Sampled(token, float(logits[token]) - total, tuple(zip(top.tolist(), logprobs, strict=True)))
+
+
+def _draw(logits: Array, best: float, draw: Draw, fast: Fast | None) -> int:
+    params, stream = draw.params, (draw.seed, draw.choice, draw.position)
+    token = None
+    if fast:
+        left = _best(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+        token = fast.draw(logits, best, left, params.temperature, params.top_p, params.min_p, *stream)
+    if token is None:
+        token = gumbel_argmax(keep(logits, params), params.temperature, *stream)
+    return token
 
 
 def _best(logits: Array, k: int) -> Array:
     """Ids of the k best that are not -inf, unsorted; of equal logits the lower ids are taken."""
-    ids = np.flatnonzero(logits > -np.inf)
+    if not k:
+        return np.empty(0, np.int64)
+    ids = np.flatnonzero(logits >= _at_most(logits, k))
     if k < len(ids):
         values = logits[ids]
         last = np.partition(values, -k)[-k]  # the k-th best, far cheaper than sorting the row
         ids = np.concatenate([ids[values > last], ids[values == last]])
     return ids[:k]
+
+
+def _at_most(logits: Array, k: int) -> Any:
+    """Find a number above -inf that the k best logits reach, near the k-th best if k is small."""
+    rows = min(64, len(logits) // (2 * k))
+    if rows < 2:
+        return _LOWEST
+    columns = len(logits) // rows
+    best = logits[: rows * columns].reshape(rows, columns).max(axis=0)
+    return max(np.partition(best, -k)[-k], _LOWEST)  # reached by k columns' best, so by k logits at least
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

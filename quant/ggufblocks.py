@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptoss_lite.quant import int8, mxfp4
 from gptoss_lite.quant.formats import BLOCK, MXFP4, Format, Int8
-from gptoss_lite.quant.mxfp4 import BLOCK_BYTES
+from gptoss_lite.quant.mxfp4 import BLOCK_BYTES, SUSPECT
 from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor
 
 MXFP4_BYTES, Q8_0_BYTES = 1 + BLOCK_BYTES, 2 + BLOCK
@@ -20,15 +21,32 @@ FORMATS: dict[str, Format] = {"MXFP4": MXFP4(), "Q8_0": Int8(BLOCK, "float16")}
 def from_blocks(raw: NDArray[np.uint8], dtype: str) -> MXFP4Tensor | Int8Tensor:
     """Take blocks apart: raw uint8 (..., K/32, 17) of "MXFP4", or (..., K/32, 34) of "Q8_0"."""
     if dtype == "Q8_0":
-        scales = np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]
         codes = np.ascontiguousarray(raw[..., 2:]).view(np.int8)
-        return Int8Tensor(codes.reshape(*codes.shape[:-2], -1), scales)
+        return Int8Tensor(codes.reshape(*codes.shape[:-2], -1), scales(raw, dtype))
     blocks = np.empty((*raw.shape[:-1], BLOCK_BYTES), np.uint8)
     exponents = np.empty(raw.shape[:-1], np.uint8)
     kernels = _kernels()
     apply = take_apart if kernels is None else kernels.take_apart
     apply(raw.reshape(-1, MXFP4_BYTES), blocks.reshape(-1, BLOCK_BYTES), exponents.reshape(-1))
     return MXFP4Tensor(blocks, exponents)
+
+
+def scales(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    """Take the scales alone out of blocks such as `from_blocks` takes: uint8 or float16 (..., K/32)."""
+    if dtype == "Q8_0":
+        return np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]
+    return raw[..., 0]
+
+
+def invalid_scale(raw: NDArray[np.uint8], dtype: str) -> tuple[int, ...] | None:
+    """Do what qtensor.invalid_scale does for blocks, and take them apart only where a scale is suspect."""
+    if dtype == "Q8_0":
+        return int8.invalid_scale(scales(raw, dtype))
+    if scales(raw, dtype).max() < SUSPECT:
+        return None
+    tensor = from_blocks(raw, dtype)
+    assert isinstance(tensor, MXFP4Tensor)
+    return mxfp4.invalid_scale(tensor.blocks, tensor.scales)
 
 
 def to_blocks(tensor: QTensor) -> NDArray[np.uint8]:

@@ -12,10 +12,19 @@ from gptoss_lite.quant.formats import BLOCK, Scales
 from gptoss_lite.quant.mxfp4 import E8M0, E8M0_BIAS
 
 LARGEST = 127  # codes are -127 to 127: a number and its negative are equally well off
-SCALE_DTYPES = {"bf16": np.dtype(bfloat16), "float16": np.dtype(np.float16), "e8m0": np.dtype(np.uint8)}
+SCALE_DTYPES: dict[Scales, np.dtype[Any]] = {
+    "bf16": np.dtype(bfloat16),
+    "float16": np.dtype(np.float16),
+    "e8m0": np.dtype(np.uint8),
+}
 
 # The largest scales of which 127 still is a float32; for fp16, simply its largest number.
 _LARGEST_SCALE = {"bf16": 129 * 2.0**114, "float16": 65504.0, "e8m0": 2.0**121}
+# The bits of a scale that are its magnitude, and these of the largest one.
+_LARGEST_BITS = {
+    "bf16": (np.uint16(0x7FFF), 0x7C01), "float16": (np.uint16(0x7FFF), 0x7BFF), "e8m0": (np.uint8(0xFF), 248)
+}  # fmt: skip
+_CHUNK = 1 << 18  # scales looked at together
 _SMALLEST_SCALE = {"bf16": 2.0**-133, "float16": 2.0**-24, "e8m0": 2.0**-E8M0_BIAS}
 
 
@@ -106,9 +115,22 @@ def invalid_scale(scales: NDArray[Any]) -> tuple[int, ...] | None:
 
     scales: bfloat16, float16 or E8M0 uint8. Returns a position.
     """
-    with np.errstate(over="ignore"):
-        bad = ~np.isfinite(factors(scales) * np.float32(LARGEST))
-    return tuple(int(i) for i in np.argwhere(bad)[0]) if bad.any() else None
+    kind = next(kind for kind, dtype in SCALE_DTYPES.items() if dtype == scales.dtype)
+    bad = invalid_bits(scales.reshape(-1).view(f"u{scales.itemsize}"), kind)
+    return None if bad is None else tuple(int(i) for i in np.unravel_index(bad, scales.shape))
+
+
+def invalid_bits(bits: NDArray[Any], scales: Scales) -> int | None:
+    """Find the first of such scales by their bits, uint8 or uint16 (n,): its index, None where none is."""
+    magnitude, largest = _LARGEST_BITS[scales]
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        if chunk.max() <= largest:  # so none is negative, either
+            continue
+        magnitudes = chunk & magnitude
+        if magnitudes.max() > largest:
+            return start + int((magnitudes > largest).argmax())
+    return None
 
 
 def _scale(largest: NDArray[np.float32], scales: Scales) -> NDArray[Any]:

@@ -20,6 +20,7 @@ E8M0_NAN = 255
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0 = (*(2.0 ** (byte - E8M0_BIAS) for byte in range(E8M0_NAN)), float("nan"))
 HIGHEST = E8M0_NAN - 3  # the last scale byte at which every code is a float32: 6 * 2^125
+SUSPECT = HIGHEST + 1  # from here on, codes decide
 
 _E2M1_MAX_EXPONENT = 2  # 6.0 = 1.5 * 2^2
 _MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(E2M1[:8]))
@@ -157,10 +158,13 @@ def invalid_scale(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> tuple
     """
     flat, codes = scales.reshape(-1), blocks.reshape(-1, BLOCK_BYTES)
     for start in range(0, flat.size, _CHUNK):
-        suspects = start + np.flatnonzero(flat[start : start + _CHUNK] >= E8M0_NAN - 2)
+        chunk = flat[start : start + _CHUNK]
+        if chunk.max() < SUSPECT:
+            continue
+        suspects = start + np.flatnonzero(chunk >= SUSPECT)
         largest = np.maximum(codes[suspects] & 0x07, codes[suspects] >> 4 & 0x07).max(axis=1)
         # Below 2^128 stay 3.0 (code 5) times 2^126 and 1.5 (code 3) times 2^127; of 255, nothing does.
-        limit = np.array([5, 3, -1])[flat[suspects] - np.uint8(E8M0_NAN - 2)]
+        limit = np.array([5, 3, -1])[flat[suspects] - np.uint8(SUSPECT)]
         if (bad := suspects[largest > limit]).size:
             return tuple(int(i) for i in np.unravel_index(bad[0], scales.shape))
     return None

@@ -4,11 +4,10 @@ import json
 import math
 import mmap
 import os
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from gptoss_lite.errors import CheckpointError, FormatError
+from gptoss_lite.quant.checksum import Checksum, lanes, read
 from gptoss_lite.quant.qtensor import Int8Tensor, MXFP4Tensor, QTensor
+from gptoss_lite.threads import spread
 
 FORMAT, FORMAT_VERSION = "gptoss-lite", "1"  # __metadata__ of the files we write
 
@@ -33,7 +34,18 @@ _EXPONENT_BITS: dict[str, np.uint32 | np.uint16] = {
     "BF16": np.uint16(0x7F80),
 }
 FLOATS = tuple(_EXPONENT_BITS)
-_CHUNK = 1 << 20  # bytes verified at a time: the second look at them finds them in cache
+_LINE = 64  # bytes of a cache line: where the data begins, and each tensor as far as the format allows
+_PART, _PAGE = (
+    1 << 24,
+    1 << 12,
+)  # bytes of a tensor that a thread verifies at most, of which they are multiples
+_CHUNK = 1 << 18  # floats looked at together
+
+Note: TypeAlias = Callable[[int], None]  # told how many bytes more are done
+
+
+def ignore(nbytes: int) -> None:
+    """Take no note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +76,47 @@ class StoredTensor:
             array.flags.writeable = False
         return array
 
-    def verify(self) -> None:
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
         """Compare the data with the checksum, if there is one, and refuse NaN and infinity, in one pass.
 
+        threads: that share the work. note: told, on the caller's thread, how many bytes more are done.
         Raises CheckpointError naming file and tensor, and the position of what is not finite.
         """
-        mask = _EXPONENT_BITS.get(self.dtype)
-        checksum = Checksum(self.name, self.dtype, self.shape)
-        for start in range(0, self.data.size, _CHUNK):
-            part = self.data[start : start + _CHUNK]
-            if self.checksum is not None:
-                checksum.update(part.data)
-            if mask is not None:
-                exponents = part.view(mask.dtype) & mask
-                if exponents.max() == mask:
-                    first = start // mask.itemsize + int(exponents.argmax())
-                    position = tuple(int(i) for i in np.unravel_index(first, self.shape))
-                    raise self.error(f"holds {float(self.array()[position])} at {position}: must be finite")
+        checksum, size = Checksum(self.name, self.dtype, self.shape), self.data.size
+        count = max(1, -(-size // _PART))
+        step = max(1, -(-size // (count * _PAGE))) * _PAGE
+        parts = [self.data[start : start + step] for start in range(0, size, step)]
+        for number, (crc, bad) in enumerate(spread(self._look, parts, threads)):
+            if bad is not None:
+                index = (number * step + bad) // _DTYPES[self.dtype].itemsize
+                position = tuple(int(i) for i in np.unravel_index(index, self.shape))
+                raise self.error(f"holds {float(self.array()[position])} at {position}: must be finite")
+            checksum.append(crc, parts[number].size)
+            note(parts[number].size)
         if self.checksum is not None and self.checksum != str(checksum):
             raise self.error(f"is damaged: its checksum is {checksum}, and was {self.checksum} when written")
+
+    def _look(self, part: NDArray[np.uint8]) -> tuple[int, int | None]:
+        """Look at some of the data -> its CRC-32, if that is wanted, and where a float is not finite."""
+        mask, wide = _EXPONENT_BITS.get(self.dtype), lanes(part.size)
+        if mask is None:
+            return (0 if self.checksum is None else read(part, lanes=wide)[0]), None
+        crc = finite = 0
+        if wide or self.checksum is not None:
+            crc, finite = read(part, lanes=wide, exponent=int(mask) * (0x10001 if mask.itemsize == 2 else 1))
+        bad = _not_finite(part[finite:].view(mask.dtype), mask)
+        return crc, None if bad is None else finite + bad * mask.itemsize
+
+
+def _not_finite(bits: NDArray[Any], mask: Any) -> int | None:
+    """Find the first of floats, by their bits, whose exponent is all ones: its index; None where none is."""
+    sign = 1 << 8 * bits.itemsize - 1
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        # As unsigned numbers, floats are highest furthest below zero, as signed ones, furthest above it.
+        if chunk.max() >= sign + int(mask) or chunk.view(f"i{bits.itemsize}").max() >= mask:
+            return start + int((chunk & mask == mask).argmax())
+    return None
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
@@ -145,13 +179,12 @@ def save_file(
                 raise FormatError(f"cannot save {name!r}: {type(tensor).__name__} has no form on disk")
             case _:
                 arrays[name] = tensor
-    # Widest elements first, so that every tensor starts at a multiple of its element size.
-    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
     entries = {name: (dtype_name(name, array.dtype), array.shape) for name, array in arrays.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: rank(*item[1])))
     checksums = {}
-    for name, array in arrays.items():
-        checksum = Checksum(name, *entries[name])
-        checksum.update(as_bytes(array))
+    for name, entry in entries.items():
+        checksum = Checksum(name, *entry)
+        checksum.update(as_bytes(arrays[name]))
         checksums[name] = str(checksum)
     start = header(entries, checksums, {"format": FORMAT, **(metadata or {})})
     target = Path(path)
@@ -159,8 +192,8 @@ def save_file(
     try:
         with partial.open("wb") as file:
             file.write(start)
-            for array in arrays.values():
-                file.write(as_bytes(array))
+            for name in entries:
+                file.write(as_bytes(arrays[name]))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
@@ -224,8 +257,18 @@ def header(
         start = stop
     ours = {"format_version": FORMAT_VERSION, "checksums": json.dumps(dict(checksums))}
     text = json.dumps({"__metadata__": {**metadata, **ours}, **entries}).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _LINE)
     return len(text).to_bytes(8, "little") + text
+
+
+def rank(dtype: str, shape: tuple[int, ...]) -> tuple[bool, int]:
+    """Tell where a tensor shall come among those of a file: sorted so, all start where they should.
+
+    The format allows no gaps. So tensors of whole cache lines come first and begin at one, and then the
+    others, widest elements first, each at a multiple of its element size.
+    """
+    is_ragged = nbytes(dtype, shape) % _LINE != 0
+    return is_ragged, -_DTYPES[dtype].itemsize if is_ragged else 0
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -241,22 +284,6 @@ def dtype_name(name: str, dtype: np.dtype[Any]) -> str:
     raise FormatError(f"cannot save {name!r}, {dtype}: give a float, int8 or uint8")
 
 
-class Checksum:
-    """What a file of ours says of a tensor: CRC-32 over its name, dtype, shape and data, in hex."""
-
-    __slots__ = ("_crc",)
-
-    def __init__(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        self._crc = zlib.crc32(_signature(name, dtype, shape))
-
-    def update(self, data: memoryview | bytes) -> None:
-        """Go on with the next of the data."""
-        self._crc = zlib.crc32(data, self._crc)
-
-    def __str__(self) -> str:
-        return f"{self._crc:08x}"
-
-
 def _checksums(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, str]:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
@@ -265,10 +292,6 @@ def _checksums(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict
     if unpaired := set(checksums) ^ names:
         raise CheckpointError(f"{path} is damaged: {min(unpaired)!r} is only one of tensor and checksum")
     return checksums
-
-
-def _signature(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    return json.dumps([name, dtype, shape]).encode()
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:

@@ -315,6 +315,19 @@ def test_random_damage_to_a_header_never_escapes_as_another_error(demo: Path, tm
             assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("dtype", ["MXFP4", "Q8_0"])
+def test_impossible_scales_are_found_in_blocks(dtype: str) -> None:
+    raw = np.full((3, 5, 2, 17 if dtype == "MXFP4" else 34), 0x33, np.uint8)
+    assert ggufblocks.invalid_scale(raw, dtype) is None
+    for place in (0, 0, 0), (1, 4, 1), (2, 4, 1):
+        raw[place][:2] = (254, 0x33) if dtype == "MXFP4" else (0xFF, 0xFB)  # the largest there are
+        assert ggufblocks.invalid_scale(raw, dtype) is None
+        raw[place][:2] = (254, 0x43) if dtype == "MXFP4" else (0x00, 0xFC)
+        assert ggufblocks.invalid_scale(raw, dtype) == place
+        assert ggufblocks.scales(raw, dtype)[place] == (254 if dtype == "MXFP4" else -np.inf)
+        raw[place] = 0x33
+
+
 def test_a_directory_may_hold_one_gguf_file(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").symlink_to(demo)
     assert open_checkpoint(tmp_path).layout == "gguf"

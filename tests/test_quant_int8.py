@@ -192,3 +192,25 @@ def test_an_index_takes_experts_and_rows_and_map_reaches_both_parts() -> None:
     twice = q.map(lambda part: np.concatenate([part, part]))
     assert twice.shape == (6, 4, 96)
     assert twice.group == 96
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_an_invalid_scale_is_one_that_takes_127_beyond_float32(
+    scales: Scales, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = int8.SCALE_DTYPES[scales]
+    every = np.arange(1 << 8 * dtype.itemsize, dtype=f"u{dtype.itemsize}").view(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        valid = np.isfinite(int8.factors(every) * np.float32(127))
+    good, bad = every[valid], every[~valid]
+    assert int8.invalid_scale(good) is None
+    monkeypatch.setattr(int8, "_CHUNK", 100)
+    stored = np.resize(good, (5, 60))
+    assert int8.invalid_scale(stored) is None
+    for scale in bad:
+        for place in (0, 0), (2, 7), (4, 59):
+            wrong = stored.copy()
+            wrong[place] = scale
+            assert int8.invalid_scale(wrong) == place
+            wrong[4, 59] = bad[0]
+            assert int8.invalid_scale(wrong) == place  # the first of two

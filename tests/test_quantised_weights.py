@@ -15,7 +15,7 @@ from gptoss_lite.errors import FormatError
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import Linear, Norm, Ops, Use, get_ops
 from gptoss_lite.packing import CPU_ROWS, CUDA_TILES, PackedTensor, kind_of, pack
-from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, codecs
+from gptoss_lite.quant import Int8Tensor, QTensor, codecs
 from gptoss_lite.quant.formats import MXFP4, Format, Int8
 from gptoss_lite.rope import yarn
 
@@ -138,8 +138,8 @@ def test_products_are_those_of_the_expanded_weight(cpu: Ops, format: Format) -> 
     want = get_ops("reference").logits(x, norm, Linear(weight.dequantize()), step)
     for ops in (get_ops("reference"), cpu):
         got = ops.logits(x, norm, Linear(ops.prepare(weight, PLAIN)), step)
-        # float32 sums in another order
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+        # float32 sums in another order, activations of 16 bits
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
 @every_format
@@ -155,7 +155,7 @@ def test_experts_are_those_of_the_expanded_weights(spec: Ops, cpu: Ops, format: 
     np.testing.assert_array_equal(spec.experts(h, ids, weights, gate_up, down, 7.0, x), want)
     gate_up, down = (replace(w, weight=cpu.prepare(w.weight, PLAIN)) for w in (gate_up, down))
     got = cpu.experts(h, ids, weights, gate_up, down, 7.0, x)
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4 * np.abs(want).max())
 
 
 @every_format
@@ -165,7 +165,6 @@ def test_a_row_has_the_same_bits_whoever_shares_the_batch(cpu: Ops, format: Form
     step = batch(33, *range(33))
     together = cpu.logits(x, norm, weight, step)
     one_thread = get_ops("cpu", 1)
-    assert isinstance(weight.weight, MXFP4Tensor | Int8Tensor)
     for row in (0, 5, 32):
         alone = replace(step, rows=np.array([row], np.int32))
         np.testing.assert_array_equal(cpu.logits(x, norm, weight, alone)[0], together[row])
@@ -189,9 +188,9 @@ def test_networks_compute_what_their_values_say(spec: Ops, cpu: Ops, format: For
     tokens = RNG.integers(0, VOCABULARY, 40).tolist()
     want = model(expanded(checkpoint), spec).logits(tokens)
     np.testing.assert_array_equal(model(checkpoint, spec).logits(tokens), want)
-    # As packed as in the checkpoint, and bf16 keys and values: what the CPU makes of the same floats.
+    # Keys and values are rounded to bf16, here and there to the other neighbour.
     got, dense = (model(c, cpu).logits(tokens) for c in (checkpoint, expanded(checkpoint)))
-    np.testing.assert_allclose(got, dense, rtol=0, atol=1e-3 * np.abs(want).max())
+    assert np.linalg.norm(got - dense) <= 5e-3 * np.linalg.norm(dense)
     assert np.median(np.abs(got - want)) <= 0.01 * np.abs(want).std()
 
 
@@ -208,7 +207,7 @@ def test_attention_reaches_as_far_as_its_values_do(spec: Ops, format: Format) ->
     packed, uses = uses, []
     model(expanded(checkpoint), Noting())
     assert packed == uses
-    (reach,) = (use.reach for use in packed if use.kind == "out" and use.layer == 1)
+    (reach,) = (use.reach() for use in packed if use.kind == "out" and use.layer == 1)
     prefix = "model.layers.1."
     norm = np.abs(checkpoint.tensors[f"{prefix}input_layernorm.weight"]).max() * np.sqrt(HIDDEN)
     values = checkpoint.tensors[f"{prefix}self_attn.v_proj.weight"].dequantize()
@@ -228,9 +227,8 @@ def test_loading_never_expands_a_matrix_as_a_whole(cpu: Ops) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (
-        peak < 1.5 * value.nbytes
-    )  # one is the matrix beside those of queries and keys; expanded it takes 4
+    # One is in tiles by itself, one beside those of queries and keys; expanded it takes 4.
+    assert peak < 2.5 * value.nbytes
 
 
 @pytest.mark.parametrize(

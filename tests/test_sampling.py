@@ -1,12 +1,11 @@
-"""The sampler: Philox by known answers, adjustments by formula, draws by statistics, kernel against spec."""
+"""The sampler: Philox by known answers, adjustments by formula, draws by statistics, here and on the CPU."""
 
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,11 +15,10 @@ from gptoss_lite.errors import GptOssError, RequestError
 from gptoss_lite.kernels.cpu import sampling as kernel
 from gptoss_lite.sampling import (
     Draw,
-    GumbelArgmax,
+    Fast,
     Sampled,
     SamplingParams,
     adjust,
-    gumbel_argmax,
     keep,
     philox_uniform,
     sample,
@@ -36,10 +34,10 @@ def draw(
     return Draw(SamplingParams(**options), seed, choice, tokens, prompt_length)
 
 
-def drawn(logits: Array, draws: Sequence[Draw], argmax: GumbelArgmax = gumbel_argmax) -> list[Sampled]:
+def drawn(logits: Array, draws: Sequence[Draw], fast: Fast | None = None) -> list[Sampled]:
     """Draw, and raise what a draw left in its place."""
     found = []
-    for result in sample(logits, draws, argmax):
+    for result in sample(logits, draws, fast):
         if isinstance(result, Exception):
             raise result
         found.append(result)
@@ -58,12 +56,10 @@ def log(*probabilities: float) -> Array:
     return np.log(np.array(probabilities, np.float32))
 
 
-@pytest.fixture(params=["spec", "kernel"])
-def argmax(request: pytest.FixtureRequest) -> Iterator[spec.GumbelArgmax]:
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)  # two that spin on a busy machine take a hundred times as long
-    yield spec.gumbel_argmax if request.param == "spec" else kernel.gumbel_argmax
-    numba.set_num_threads(threads)
+@pytest.fixture(params=[None, kernel], ids=["spec", "kernel"])
+def fast(request: pytest.FixtureRequest) -> Fast | None:
+    found: Fast | None = request.param
+    return found
 
 
 # Philox
@@ -107,13 +103,6 @@ def test_every_part_of_the_key_changes_the_numbers(other: tuple[int, int, int]) 
     assert not np.any(philox_uniform(1, 0, 5, ids) == philox_uniform(*other, ids))
 
 
-@pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**63 + 12345, 2**64 - 1])
-def test_kernel_uniforms_equal_the_specification_bit_for_bit(seed: int) -> None:
-    ids = np.array([0, 1, 4095, 4096, V - 1, 2**31 - 1])
-    words = np.uint64(seed), np.uint64(3), np.uint64(131_071)
-    assert [kernel._uniform(*words, np.uint64(i)) for i in ids] == list(philox_uniform(seed, 3, 131_071, ids))
-
-
 # The distribution of draws
 
 
@@ -142,10 +131,10 @@ PROBABILITIES = np.array([0.05, 0.3, 0.1, 0.25, 0.02, 0.2, 0.08])
     ids=str,
 )
 def test_draws_follow_the_distribution(
-    options: dict[str, Any], expected: Sequence[float], argmax: spec.GumbelArgmax
+    options: dict[str, Any], expected: Sequence[float], fast: Fast | None
 ) -> None:
     draws = [draw(seed=11, choice=i, **options) for i in range(3000)]
-    sampled = drawn(np.tile(log(*PROBABILITIES), (len(draws), 1)), draws, argmax)
+    sampled = drawn(np.tile(log(*PROBABILITIES), (len(draws), 1)), draws, fast)
     observed = np.bincount([s.token for s in sampled], minlength=len(PROBABILITIES))
     assert_fits(observed, np.array(expected) / np.sum(expected))
 
@@ -195,6 +184,23 @@ def test_top_k_counts_only_tokens_that_may_be_drawn() -> None:
     assert survivors(np.array([-np.inf, 1, -np.inf, 0], np.float32), top_k=3) == [1, 3]
 
 
+@pytest.mark.parametrize("k", [1, 2, 20, 77, 78, 79, 2499, 2500, 2501, 4999])
+@pytest.mark.parametrize("step", [0.001, 1.0])
+def test_top_k_equals_a_plain_sort_of_the_whole_row(k: int, step: float) -> None:
+    rng = np.random.default_rng(4)
+    logits = (np.round(rng.normal(0, 3, 5000) / step) * step).astype(np.float32)
+    logits[rng.random(5000) < 0.2] = -np.inf
+    order = np.argsort(-logits, kind="stable")[: min(k, np.count_nonzero(logits > -np.inf))]
+    assert survivors(logits, top_k=k) == sorted(order.tolist())
+
+
+def test_top_k_of_few_possible_tokens_keeps_them() -> None:
+    logits = np.full(5000, -np.inf, np.float32)
+    logits[[7, 70, 4999]] = 1, np.finfo(np.float32).min, 2
+    assert survivors(logits, top_k=5) == [7, 70, 4999]
+    assert survivors(logits, top_k=2) == [7, 4999]
+
+
 @pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
 @pytest.mark.parametrize("p", [0.1, 0.9, 0.999])
 def test_top_p_equals_a_plain_sort_of_the_whole_row(spread: float, p: float) -> None:
@@ -218,6 +224,29 @@ def test_penalties_follow_their_formulas() -> None:
     assert present.tolist() == [2.0, -2.0, 0.5, 0.5, 2.5]
     frequent = adjust(logits, draw(tokens=tokens, prompt_length=3, frequency_penalty=-0.25))
     assert frequent.tolist() == [2.0, -2.0, 1.5, 0.5, 3.25]
+
+
+def test_logits_that_nothing_changes_are_not_copied() -> None:
+    logits = np.zeros(3, np.float32)
+    assert adjust(logits, draw(tokens=[1, 2], temperature=0.5, top_k=2, logprobs=3)) is logits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {1: 9.0}},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"logits_processors": [lambda _t, logits: np.negative(logits, out=logits)]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_caller_s_logits_stay_as_they_are(options: dict[str, Any], fast: Fast | None) -> None:
+    logits = np.array([[3, 2, 1]], np.float32)
+    for temperature in (0, 1):
+        drawn(logits, [draw(tokens=[0, 0], temperature=temperature, logprobs=1, **options)], fast)
+    assert logits.tolist() == [[3, 2, 1]]
 
 
 def test_processors_come_before_bias_and_bias_before_penalties() -> None:
@@ -280,16 +309,16 @@ def test_greedy_takes_the_lowest_of_equal_tokens_whatever_the_filters() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])
-def test_a_single_possible_token_is_drawn(temperature: float, argmax: spec.GumbelArgmax) -> None:
+def test_a_single_possible_token_is_drawn(temperature: float, fast: Fast | None) -> None:
     logits = np.full((1, 9000), -np.inf, np.float32)
     logits[0, 8192] = -3e38
-    assert drawn(logits, [draw(temperature=temperature)], argmax)[0].token == 8192
+    assert drawn(logits, [draw(temperature=temperature)], fast)[0].token == 8192
 
 
-def test_where_rounding_swallows_the_noise_the_lowest_token_is_drawn(argmax: spec.GumbelArgmax) -> None:
+def test_where_rounding_swallows_the_noise_the_lowest_token_is_drawn(fast: Fast | None) -> None:
     logits = np.full((1, 9000), 1e30, np.float32)
     logits[0, :10] = 0
-    assert drawn(logits, [draw()], argmax)[0].token == 10
+    assert drawn(logits, [draw()], fast)[0].token == 10
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -315,7 +344,7 @@ def test_a_seed_repeats_and_seed_choice_and_position_each_change_the_draw() -> N
     assert len(set(tokens(lambda i: {"tokens": [0] * i}))) > 20
 
 
-def test_a_row_does_not_depend_on_the_others(argmax: spec.GumbelArgmax) -> None:
+def test_a_row_does_not_depend_on_the_others(fast: Fast | None) -> None:
     rng = np.random.default_rng(8)
     logits = rng.normal(0, 2, (5, 500)).astype(np.float32)
     options: list[dict[str, Any]] = [
@@ -326,10 +355,10 @@ def test_a_row_does_not_depend_on_the_others(argmax: spec.GumbelArgmax) -> None:
         {"repetition_penalty": 1.3, "logit_bias": {4: 2.0}},
     ]
     draws = [draw(seed=i, tokens=range(i + 1), **o) for i, o in enumerate(options)]
-    together = drawn(logits, draws, argmax)
-    alone = [drawn(logits[i : i + 1], draws[i : i + 1], argmax)[0] for i in range(5)]
+    together = drawn(logits, draws, fast)
+    alone = [drawn(logits[i : i + 1], draws[i : i + 1], fast)[0] for i in range(5)]
     assert together == alone
-    assert drawn(logits[::-1], draws[::-1], argmax) == together[::-1]
+    assert drawn(logits[::-1], draws[::-1], fast) == together[::-1]
 
 
 def test_logprobs_are_the_model_s_own_whatever_the_request_changes() -> None:
@@ -344,42 +373,55 @@ def test_logprobs_are_the_model_s_own_whatever_the_request_changes() -> None:
     bare = one(logits, temperature=0, logprobs=0)
     assert bare.logprob == pytest.approx(expected[1]) and bare.top_logprobs == ()
     assert [token for token, _ in one(logits, logprobs=20).top_logprobs] == [1, 3, 0, 2, 4]
+    few = np.append(logits, np.full(200, -np.inf, np.float32))
+    assert [token for token, _ in one(few, logprobs=20).top_logprobs] == [1, 3, 0, 2, 4]
 
 
-def test_a_device_draws_with_its_own_gumbel_argmax() -> None:
-    def argmax(logits: Array, temperature: float, seed: int, choice: int, position: int) -> int:
-        assert logits.tolist() == [-np.inf, 1.0] and temperature == 0.5
-        assert (seed, choice, position) == (3, 4, 2)
-        return 77
+class Recorder:
+    """A device that notes what it is asked, and answers with the same token each time."""
 
-    request = draw(seed=3, choice=4, tokens=[0, 0], temperature=0.5, top_k=1)
-    assert drawn(np.array([[0, 1]], np.float32), [request], argmax) == [Sampled(77)]
+    def __init__(self, token: int | None) -> None:
+        self.token = token
+        self.asked: list[tuple[Any, ...]] = []
 
+    def draw(
+        self, logits: Array, best: float, left: Array | None, temperature: float, top_p: float, min_p: float,
+        seed: int, choice: int, position: int,
+    ) -> int | None:  # fmt: skip
+        self.asked.append((logits.tolist(), best, left, temperature, top_p, min_p, seed, choice, position))
+        return self.token
 
-# The kernel
-
-
-@pytest.mark.parametrize("size", [1, 2, 4095, 4096, 4097, V])
-@pytest.mark.parametrize("spread", [0.0, 4.0])
-def test_kernel_draws_the_token_of_the_specification(size: int, spread: float) -> None:
-    rng = np.random.default_rng(size)
-    logits = rng.normal(0, spread, size).astype(np.float32)
-    logits[rng.random(size) < 0.3] = -np.inf
-    logits[-1] = 0
-    for seed in rng.integers(0, 2**64, 8, np.uint64).tolist():
-        for temperature in (0.3, 1.0):
-            arguments = logits, temperature, seed, 2, 77
-            assert kernel.gumbel_argmax(*arguments) == spec.gumbel_argmax(*arguments)
+    def log_sum_exp(self, logits: Array, best: float) -> float:
+        return best + 100
 
 
-def test_kernel_draws_the_same_with_any_number_of_threads() -> None:
-    logits = np.random.default_rng(0).normal(0, 1, V).astype(np.float32)
-    before = numba.get_num_threads()
-    tokens = []
-    for threads in (1, before):
-        numba.set_num_threads(threads)
-        tokens.append([kernel.gumbel_argmax(logits, 1.0, seed, 0, 0) for seed in range(10)])
-    assert tokens[0] == tokens[1] and len(set(tokens[0])) > 5
+def test_a_device_draws_its_own_way() -> None:
+    logits = np.array([[0, 1, 3, 2]], np.float32)
+    options: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "min_p": 0.01, "logit_bias": {3: 2.0}}
+    device = Recorder(2)
+    request = draw(seed=3, choice=4, tokens=[0, 0], logprobs=0, **options)
+    assert drawn(logits, [request], device) == [Sampled(2, -100.0)]
+    assert device.asked == [([0, 1, 3, 4], 4.0, None, 0.5, 0.9, 0.01, 3, 4, 2)]
+    drawn(logits, [draw(top_k=2)], device)
+    assert sorted(device.asked[-1][2]) == [2, 3]
+
+
+def test_what_a_device_leaves_undecided_is_drawn_here() -> None:
+    logits = np.random.default_rng(1).normal(0, 2, (20, 50)).astype(np.float32)
+    draws = [draw(seed=i, top_k=20, top_p=0.9, min_p=0.01) for i in range(20)]
+    device = Recorder(None)
+    assert drawn(logits, draws, device) == drawn(logits, draws)
+    assert len(device.asked) == 20
+
+
+def test_the_best_token_is_no_work_for_a_device() -> None:
+    device = Recorder(0)
+    assert drawn(np.eye(3, dtype=np.float32), [draw(temperature=0)] * 3, device) == [
+        Sampled(0),
+        Sampled(1),
+        Sampled(2),
+    ]
+    assert not device.asked
 
 
 # Options

@@ -6,20 +6,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gptoss_lite.errors import DeviceError
+from gptoss_lite.kernels.cuda.launch import memory
 from gptoss_lite.kernels.cuda.runtime import Array, Runtime
-from gptoss_lite.kernels.cuda.source import Kernel
 
 Result: TypeAlias = dict[str, Any]
 
-_READ = Kernel(str(Path(__file__).resolve().parent / "read.cu"), "read_words")
-_READ_THREADS = 512
 _CHUNK = 1 << 24  # bytes that are made up and uploaded at a time
 _SMI = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
@@ -222,14 +219,11 @@ def _read_ceiling(device: Device, words: Array, total: int) -> Result:
     """Take the best of a few grids: how many blocks a plain read wants differs from GPU to GPU."""
     runtime, rates = device.runtime, {}
     for blocks in (2, 4, 8, 16):
-        grid = blocks * runtime.multiprocessors
-        sums = runtime.empty((grid * _READ_THREADS,), np.uint32)
-        args = [words, np.uint64(words.nbytes // 16), sums]
-        work = partial(runtime.launch, _READ, (grid,), _READ_THREADS, args)
-        rates[blocks] = words.nbytes / median(device.seconds(work, 5))
-        read = int(runtime.download(sums).sum(dtype=np.uint64)) % (1 << 32)
-        if read != total:
-            raise DeviceError(f"the read kernel added up {read}, and the memory holds {total}")
+        sums = runtime.empty((blocks * runtime.multiprocessors, memory.READ_THREADS), np.uint32)
+        rates[blocks] = words.nbytes / median(device.seconds(partial(memory.read, runtime, words, sums), 5))
+        found = int(runtime.download(sums).sum(dtype=np.uint64)) % (1 << 32)
+        if found != total:
+            raise DeviceError(f"the read kernel added up {found}, and the memory holds {total}")
     best = max(rates, key=lambda blocks: rates[blocks])
     return {"read_bytes_per_s": rates[best], "read_blocks_per_multiprocessor": best}
 

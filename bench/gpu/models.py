@@ -1,6 +1,5 @@
 """Whole networks through the real path: a small one against transformers, large ones against the clock."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from bench.gpu.device import Device, Result, bits16, first_line, median
+from bench.gpu.device import Device, Result, first_line, median
 from bench.gpu.timing import network
 from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
-from gptoss_lite.checkpoint.directory import pair_shapes
-from gptoss_lite.checkpoint.names import names
-from gptoss_lite.checkpoint.weights import Dense, MXFP4Pair, Weight
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request, TokenEvent
 from gptoss_lite.errors import OutOfMemoryError
+from gptoss_lite.footprint import step_bytes
 from gptoss_lite.kernels.cuda.runtime import Runtime
 from gptoss_lite.memory import Plan, make_plan
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops.cuda import CUDAOps
-from gptoss_lite.quant.tensorfile import StoredTensor
 from gptoss_lite.sampling import SamplingParams
+from gptoss_lite.synthetic import synthetic
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "data" / "checkpoints" / "tiny"
 GREEDY = SamplingParams(temperature=0.0)
@@ -33,62 +29,6 @@ GREEDY = SamplingParams(temperature=0.0)
 # of the router that flip.
 MEDIAN, P90, FAR, FAR_SHARE = 2e-3, 1e-2, 0.1, 0.05
 CLEAR_GAP = 0.1  # between the best two logits: below it either may win
-_SCALES = 119, 122  # E8M0: weights of about 0.02 to 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class MadeTensor(StoredTensor):
-    """A tensor of random numbers in place of a file's; those of one kind and shape share their memory."""
-
-    def verify(self) -> None:
-        """Know that it is finite."""
-
-
-class MadeCheckpoint(Checkpoint):
-    """A checkpoint without files, of any size in little memory: layers differ in their routers alone."""
-
-    def verify(self, name: str) -> None:
-        """Trust it, scales and all."""
-
-
-def made_checkpoint(config: ModelConfig) -> MadeCheckpoint:
-    """Make random weights under the names and in the shapes of gpt-oss's own packed checkpoints."""
-    rng = np.random.default_rng(0)
-    made: dict[tuple[str, tuple[int, ...]], npt.NDArray[np.uint8]] = {}
-
-    def tensor(name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> MadeTensor:
-        key = (name if "router" in name else kind), shape
-        if key not in made:
-            made[key] = _numbers(rng, kind, shape)
-        return MadeTensor(Path("made"), name, dtype, shape, made[key], None)
-
-    weights: dict[str, Weight] = {}
-    for name in names(config):
-        if name.is_experts:
-            blocks, scales = pair_shapes(name.shape)
-            weights[name.name] = MXFP4Pair(
-                name.shape,
-                tensor(f"{name.name}_blocks", "blocks", "U8", blocks),
-                tensor(f"{name.name}_scales", "scales", "U8", scales),
-            )
-        else:
-            kind = next((end for end in ("norm.weight", "bias") if name.name.endswith(end)), "matrix")
-            stored = tensor(name.name, kind, "BF16", name.shape)
-            weights[name.name] = Dense(name.shape, stored, slice(0, name.shape[0]))
-    return MadeCheckpoint(Path("made"), config, "mxfp4", {}, weights)
-
-
-def _numbers(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    count = math.prod(shape)
-    match kind:
-        case "blocks":
-            return rng.integers(0, 1 << 64, -(-count // 8), np.uint64).view(np.uint8)[:count]
-        case "scales":
-            return rng.integers(*_SCALES, count, np.uint8)
-    bits = bits16(rng, (count,), bf16=True)
-    if kind.endswith("norm.weight"):
-        bits[:] = 0x3F80  # 1
-    return bits.view(np.uint8)
 
 
 @dataclass(slots=True)
@@ -236,9 +176,7 @@ def plan_of(device: Device, checkpoint: Checkpoint, cache_tokens: int) -> Plan:
 def full_size(device: Device, name: str) -> Iterator[Result]:
     """Load a model of random weights and time it; each result says what of."""
     config, load = network(name), LOADS[name]
-    start = time.perf_counter()
-    checkpoint = made_checkpoint(config)
-    made = time.perf_counter() - start
+    checkpoint = synthetic(config)
     before = device.used_bytes()
     try:
         plan = plan_of(device, checkpoint, load.cache_tokens)
@@ -251,19 +189,20 @@ def full_size(device: Device, name: str) -> Iterator[Result]:
     start = time.perf_counter()
     model = GptOss(checkpoint, CUDAOps(device.runtime), cache_tokens=load.cache_tokens)
     device.runtime.synchronize()
+    seconds, made = time.perf_counter() - start, checkpoint.clock.seconds
     yield {
-        "what": "load", "made_seconds": made, "load_seconds": time.perf_counter() - start,
+        "what": "load", "made_seconds": made, "load_seconds": seconds - made,
         "checkpoint_bytes": checkpoint.nbytes, "plan_device_bytes": plan.device_bytes,
         "embedding_on_host": plan.host_embedding,
     }  # fmt: skip
     engine = Engine(model)
     prompts = _prompts(config)
     (batch, context), *others = load.decodes
-    yield _decode(device, engine, plan, prompts, batch, context, load.steps)
+    yield _decode(device, engine, prompts, batch, context, load.steps)
     for tokens in load.prefills:
         yield _prefill(device, engine, prompts, tokens, model.ops.step_tokens)
     for batch, context in others:
-        yield _decode(device, engine, plan, prompts, batch, context, load.steps)
+        yield _decode(device, engine, prompts, batch, context, load.steps)
     yield {
         "what": "memory", "used_bytes": max(0, device.used_bytes() - before),
         "plan_device_bytes": plan.device_bytes,
@@ -301,11 +240,10 @@ def _prefill(
 
 
 def _decode(
-    device: Device, engine: Engine, plan: Plan, prompts: Callable[[int], list[int]], batch: int,
-    context: int, steps: int,
+    device: Device, engine: Engine, prompts: Callable[[int], list[int]], batch: int, context: int, steps: int
 ) -> Result:  # fmt: skip
     """Time steps that give every sequence a token; then the last one's recording alone."""
-    runtime, config = device.runtime, engine.model.config
+    runtime = device.runtime
     with watched(runtime) as watch:
         waiting = {_submit(engine, prompts(context), seed, 2 * steps + 64) for seed in range(batch)}
         ids = sorted(waiting)
@@ -329,19 +267,5 @@ def _decode(
             result |= {"replay_us": median(times) * 1e6, "replay_tokens_per_s": batch / median(times)}
     for request_id in ids:
         engine.cancel(request_id)
-    return result | {"bytes_per_step": step_bytes(config, plan, batch, result["context"])}
-
-
-def step_bytes(config: ModelConfig, plan: Plan, batch: int, context: float) -> int:
-    """Count what one step of decode must read: every weight in use once, and all visible keys and values."""
-    packed = {group.name: group.packed for group in plan.weights}
-    experts = config.num_local_experts
-    chosen = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)  # on average, if random
-    weights = packed["attention"] + packed["norms and routers"] + packed["lm_head"]
-    weights += int(chosen * sum(plan.expert_bytes))
-    row = 2 * config.num_key_value_heads * config.head_dim * 2  # bytes of one token's keys and values
-    visible = sum(
-        min(context, config.sliding_window) if kind == "sliding_attention" else context
-        for kind in config.layer_types
-    )
-    return weights + int(batch * visible * row)
+    read = step_bytes(engine.model, sequences=batch, visible=result["context"], kv_itemsize=2)
+    return result | {"bytes_per_step": int(read.total)}

@@ -1,14 +1,14 @@
 """What kernels are timed with: gpt-oss's own sizes, recorded launches, and weights that no cache holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.gpu.device import Device, Result, bits16, median
-from gptoss_lite.config import ModelConfig, RopeConfig
+from gptoss_lite.config import ModelConfig
 from gptoss_lite.kernels.cuda.launch import routing
 from gptoss_lite.kernels.cuda.layout import HEAD_DIM, Format, Layout, gate_up_rows, padded
 from gptoss_lite.kernels.cuda.runtime import Array
@@ -47,26 +47,15 @@ SMALL = Sizes(96, 8, 2, 64, (8, 16), 2, 512, 128, (20, 300), (1, 8), (70,), 2, 2
 
 def network(name: str) -> ModelConfig:
     """Give the configuration of gpt-oss-20b or -120b; of a network like them that is tiny for "tiny"."""
-    layers, experts = {"20b": (24, 32), "120b": (36, 128), "tiny": (2, 8)}[name]
-    tiny = name == "tiny"
-    return ModelConfig(
-        vocab_size=1024 if tiny else 201_088,
-        hidden_size=96 if tiny else 2880,
-        intermediate_size=64 if tiny else 2880,
-        num_hidden_layers=layers,
-        num_attention_heads=8 if tiny else 64,
-        num_key_value_heads=2 if tiny else 8,
-        head_dim=64,
-        num_local_experts=experts,
-        num_experts_per_tok=4,
-        sliding_window=128,
-        max_position_embeddings=131_072,
-        rms_norm_eps=1e-5,
-        swiglu_limit=7.0,
-        layer_types=tuple(("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)),
-        rope=RopeConfig(150_000.0, 32.0, 4096, 32.0, 1.0, False),
-        quant_method="mxfp4",
-    )
+    from gptoss_lite.synthetic import NETWORKS  # wants ml_dtypes, which kernels do not
+
+    if name != "tiny":
+        return NETWORKS[name]
+    return replace(
+        NETWORKS["20b"], vocab_size=1024, hidden_size=96, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=2, num_local_experts=8,
+        layer_types=NETWORKS["20b"].layer_types[:2],
+    )  # fmt: skip
 
 
 class Bench:

@@ -13,7 +13,7 @@ from gptoss_lite.checkpoint.quantization import Quantization
 from gptoss_lite.checkpoint.weights import StoredForm, Tensor, Weight
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import CheckpointError
-from gptoss_lite.quant.tensorfile import StoredTensor, read_json
+from gptoss_lite.quant.tensorfile import Note, StoredTensor, ignore, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,15 @@ class Checkpoint:
         """
         return self._weight(name).tensor()
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, threads: int = 1, note: Note = ignore) -> None:
         """Read one tensor through and refuse what no model may hold; call it once, before first use.
 
+        threads: that share the work. note: told on the way, on the caller's thread, how many bytes more are
+        done, in all those that the tensor has on disk.
         Raises CheckpointError naming file, tensor and position on NaN, infinity, and a scale that is NaN or
         takes a value of its block beyond float32; and on a wrong checksum in a file that this package wrote.
         """
-        self._weight(name).verify()
+        self._weight(name).verify(threads, note)
 
     def _weight(self, name: str) -> Weight:
         if name not in self.weights:

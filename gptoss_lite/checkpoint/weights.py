@@ -2,16 +2,18 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_lite.packing import CPU_ROWS, PackedTensor
-from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, ggufblocks, mxfp4
+from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, ggufblocks
 from gptoss_lite.quant.formats import MXFP4, Format, Int8, Scales
 from gptoss_lite.quant.qtensor import invalid_scale
-from gptoss_lite.quant.tensorfile import StoredTensor
+from gptoss_lite.quant.tensorfile import Note, StoredTensor, ignore
+from gptoss_lite.threads import spread
 
 Part: TypeAlias = int | slice  # an expert of a stack, or rows of a matrix
 Tensor: TypeAlias = NDArray[Any] | QTensor
@@ -74,10 +76,17 @@ class Weight(ABC):
         """Read all of it, as close to what the file has as can be: mapped where no byte has to move."""
         return self.part(slice(None))
 
-    def verify(self) -> None:
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
         """Read it through once and refuse what no model may hold; see Checkpoint.verify."""
+        left = self.nbytes
+
+        def note_own(nbytes: int) -> None:  # of a tensor that several weights share, each counts its rows
+            nonlocal left
+            note(min(left, nbytes))
+            left -= min(left, nbytes)
+
         for stored in self.stored:
-            stored.verify()
+            stored.verify(threads, note_own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +154,9 @@ class MXFP4Pair(Weight):
         """See Weight.part."""
         return MXFP4Tensor(self.blocks.array(part), self.scales.array(part))
 
-    def verify(self) -> None:
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
         """See Weight.verify."""
-        Weight.verify(self)
+        Weight.verify(self, threads, note)
         _verify_scales(self.part(slice(None)), self.scales)
 
 
@@ -173,9 +182,9 @@ class Int8Pair(Weight):
         """See Weight.part."""
         return Int8Tensor(self.codes.array(part), self.scales.array(part))
 
-    def verify(self) -> None:
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
         """See Weight.verify."""
-        Weight.verify(self)
+        Weight.verify(self, threads, note)
         _verify_scales(self.part(slice(None)), self.scales)
 
 
@@ -213,9 +222,15 @@ class Tiled(Weight):
     def _packed(self) -> PackedTensor:
         return PackedTensor(self.source.array(), self.layout, self.quantised, self.shape, self.kind)
 
-    def verify(self) -> None:
-        """See Weight.verify; scales stand among the codes, so that a part at a time is unpacked."""
-        Weight.verify(self)
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
+        """See Weight.verify; unpacks an expert at a time, and only where a scale is suspect."""
+        Weight.verify(self, threads, note)
+        packed = self._packed()
+        if self.layout == CPU_ROWS:
+            _verify_scales(packed.unpack(), self.source)
+            return
+        if not packed.is_suspect:
+            return
         experts: list[Part] = list(range(self.shape[0])) if len(self.shape) == 3 else [slice(None)]
         for expert in experts:
             if (position := invalid_scale(self.part(expert))) is not None:
@@ -256,20 +271,20 @@ class GGUFBlocks(Weight):
     def _take_apart(self, source: StoredTensor, part: Part) -> MXFP4Tensor | Int8Tensor:
         return ggufblocks.from_blocks(_raw_blocks(source)[part], source.dtype)
 
-    def verify(self) -> None:
+    def verify(self, threads: int = 1, note: Note = ignore) -> None:
         """See Weight.verify."""
-        Weight.verify(self)
+        Weight.verify(self, threads, note)
         for source in self.sources:
             raw = _raw_blocks(source)
             step = 1 if raw.ndim == 4 else _ROWS
-            for start in range(0, len(raw), step):
-                # Of MXFP4 only these scales can be wrong, and hardly any file has them.
-                if source.dtype == "MXFP4" and raw[start : start + step, ..., 0].max() < mxfp4.E8M0_NAN - 2:
-                    continue
-                tensor = self._take_apart(source, slice(start, start + step))
-                if (position := invalid_scale(tensor)) is not None:
-                    first, *inner = position
-                    _refuse_scale(source, (start + first, *inner), tensor.scales[position])
+            starts = range(0, len(raw), step)
+            parts = [raw[start : start + step] for start in starts]
+            look = partial(ggufblocks.invalid_scale, dtype=source.dtype)
+            for start, position in zip(starts, spread(look, parts, threads), strict=True):
+                if position is not None:
+                    row, *inner = start + position[0], *position[1:]
+                    scale = ggufblocks.scales(raw[row], source.dtype)[tuple(inner)]
+                    _refuse_scale(source, (row, *inner), scale)
 
 
 def _raw_blocks(source: StoredTensor) -> NDArray[np.uint8]:

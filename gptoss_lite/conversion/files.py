@@ -44,8 +44,7 @@ class File:
         tensors = [tensor for job in self.jobs for tensor in job.tensors]
         if self.is_gguf:
             return tuple(tensors)
-        # Widest elements first, so that every tensor starts at a multiple of its element size.
-        return tuple(sorted(tensors, key=lambda tensor: -tensorfile.nbytes(tensor.dtype, ())))
+        return tuple(sorted(tensors, key=lambda tensor: tensorfile.rank(tensor.dtype, tensor.shape)))
 
     def _offsets(self) -> list[int]:
         if self.is_gguf:

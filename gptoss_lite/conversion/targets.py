@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from gptoss_lite.checkpoint.directory import SCALE_DTYPES, pair_shapes
 from gptoss_lite.conversion.recode import Recoded
-from gptoss_lite.packing import CPU_ROWS, CUDA_TILES, kind_of, pack, packed_shape, tile_layout
+from gptoss_lite.packing import CPU_TILES, CUDA_TILES, cpu_layout, kind_of, pack, packed_shape, tile_layout
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor, ggufblocks
 from gptoss_lite.quant.formats import MXFP4, Int8
 
 Piece: TypeAlias = tuple[NDArray[Any], ...]
 _GGUF_ROWS = 512  # that are put together at a time, an even number: as many as the cache holds
-TILES = {"packed-cpu": CPU_ROWS, "packed-cuda": CUDA_TILES}
+TILES = {"packed-cpu": CPU_TILES, "packed-cuda": CUDA_TILES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +102,28 @@ def _packed(weight: Recoded, layout: str) -> Job:
     tensor = Entry(f"{name.name}_packed", "U8", packed_shape(form, name.shape, kind, layout))
 
     def pieces() -> Iterator[Piece]:
-        if name.is_experts and layout == CUDA_TILES:  # each a record of its own
+        if name.is_experts:  # each a record of its own
             for part in weight.parts():
                 assert isinstance(part, QTensor)
                 yield (pack(part, kind, layout),)
             return
-        for field in (0, 1):  # all codes, and then all scales
+        left = tensor.shape[0]
+        for field in (0, 1):  # all codes, then all scales, and what fills up the record
             for part in weight.parts():
-                yield (_tiled(part, kind)[field] if layout == CUDA_TILES else _fields(part)[field],)
+                piece = _tiled(part, kind, layout)[field]
+                left -= piece.size
+                yield (piece,)
+        yield (np.zeros(left, np.uint8),)
 
     return Job((weight,), (tensor,), pieces)
 
 
-def _tiled(part: Any, kind: str) -> Piece:
+def _tiled(part: Any, kind: str, layout: str) -> Piece:
     """Pack some rows of a matrix -> their codes, their scales."""
-    packed = pack(part, kind, CUDA_TILES)
+    packed = pack(part, kind, layout)
+    if layout == CPU_TILES:
+        form = cpu_layout(part.format, part.shape)
+        return packed[: form.code_bytes], packed[form.code_bytes : form.scales_end]
     tiles, _ = tile_layout(part.format, part.shape, kind)
     return packed[: tiles.code_bytes], packed[tiles.code_bytes :]
 

@@ -19,8 +19,9 @@ from gptoss_lite.conversion.recode import Errors
 from gptoss_lite.conversion.targets import Job
 from gptoss_lite.errors import CheckpointError, FormatError
 from gptoss_lite.quant import gguffile, tensorfile
+from gptoss_lite.quant.checksum import Checksum
 from gptoss_lite.quant.gptq import Costs
-from gptoss_lite.quant.tensorfile import Checksum, as_bytes
+from gptoss_lite.quant.tensorfile import as_bytes
 from gptoss_lite.sizes import format_bytes
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of tensors written, of how many

@@ -10,22 +10,33 @@ DEVICES = ("auto", "cpu", "cuda", "cuda:N", "emulated", "reference")
 __all__ = ["DEVICES", "Linear", "Norm", "Ops", "Use", "get_ops"]
 
 
-def get_ops(device: str = "auto", threads: int | None = None, device_memory: int | None = None) -> Ops:
+def get_ops(
+    device: str = "auto",
+    threads: int | None = None,
+    device_memory: int | None = None,
+    activations: str | None = None,
+    dense: str | None = None,
+) -> Ops:
     """Open a device by name.
 
     auto: a GPU where there is a usable one, else the CPU. cuda, cuda:1: an NVIDIA GPU, by its number.
     emulated: the CUDA kernels on the CPU, for tests; very slow. reference: plain NumPy. threads is for `cpu`
     alone; None means every core the process may use. device_memory, in bytes, is for a GPU alone; None means
-    all that is free. Raises DeviceError where the device cannot be had.
+    all that is free. activations ("accurate", the default, or "int8") and dense ("int8", or None for what the
+    checkpoint has) are for `cpu`, see CPUOps. Raises DeviceError where the device cannot be had, or does not
+    take such a choice.
     """
     if device == "auto":
         from gptoss_lite.kernels.cuda import cupy_runtime
 
         device = "cuda" if cupy_runtime.usable() else "cpu"
+    if device == "cpu":
+        return _cpu(threads, activations, dense)
+    for name, choice in (("activations", activations), ("dense", dense)):
+        if choice is not None:
+            raise DeviceError(f"{name} is {choice!r}, which is for device cpu: {device} takes none")
     if device == "reference":
         return Ops()
-    if device == "cpu":
-        return _cpu(threads)
     if device == "emulated":
         from gptoss_lite.kernels.emulator.runtime import Emulator
         from gptoss_lite.ops.cuda import CUDAOps
@@ -39,11 +50,11 @@ def get_ops(device: str = "auto", threads: int | None = None, device_memory: int
     raise DeviceError(f"unknown device {device!r}: choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
 
 
-def _cpu(threads: int | None) -> Ops:
+def _cpu(threads: int | None, activations: str | None, dense: str | None) -> Ops:
     try:
         from gptoss_lite.ops.cpu import CPUOps
     except RuntimeError as error:  # Numba found no directory to write to
         raise DeviceError(
             f"compiled kernels have nowhere to be kept ({error}): name a directory in NUMBA_CACHE_DIR"
         ) from error
-    return CPUOps(threads)
+    return CPUOps(threads, activations or "accurate", dense)

@@ -1,9 +1,10 @@
 """The specification: each step of gpt-oss in plain float32 array code; backends override what is hot."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from gptoss_lite.checkpoint import Checkpoint
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.errors import OutOfMemoryError
 from gptoss_lite.packing import PackedTensor
-from gptoss_lite.quant import QTensor
+from gptoss_lite.quant import QTensor, concatenate
 from gptoss_lite.rope import Rope, rope_tables
 from gptoss_lite.sampling import Draw, Sampled, sample
 
@@ -47,12 +48,13 @@ class Linear:
 class Use:
     """What a weight matrix is for, which decides the form a backend gives it.
 
-    layer: None outside the layers. reach: the largest magnitude of the activations that it multiplies.
+    layer: None outside the layers. reach: computes the largest magnitude of the activations that it
+    multiplies, for backends that have to know.
     """
 
     kind: Literal["embedding", "qkv", "out", "router", "gate_up", "down", "lm_head"]
     layer: int | None = None
-    reach: float = math.inf
+    reach: Callable[[], float] = field(default=lambda: math.inf, compare=False)
 
 
 class Ops:
@@ -66,6 +68,11 @@ class Ops:
     name: str = "reference"
     cache_dtype: ClassVar[Any] = np.float32
     step_tokens: ClassVar[int] = 512  # computed at a time: bounds what a long prompt needs besides its cache
+
+    @property
+    def host_threads(self) -> int:
+        """How many threads read and check a checkpoint."""
+        return os.cpu_count() or 1
 
     @contextmanager
     def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> "Iterator[Plan | None]":
@@ -97,6 +104,13 @@ class Ops:
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Bring a weight matrix, or a stack of them, from the checkpoint's form into this backend's."""
         return natural(tensor)
+
+    def prepare_stacked(self, parts: Sequence[Array | QTensor], use: Use) -> Any:
+        """Do the same for matrices (N, K) that become one, the rows of one after another's.
+
+        Raises FormatError where their formats differ.
+        """
+        return self.prepare(concatenate([natural(part) for part in parts]), use)
 
     def vector(self, values: Array) -> Any:
         """Bring float32 norms, biases or sinks to the device."""

@@ -1,4 +1,4 @@
-"""The CPU backend: Numba kernels that read weights as packed as the checkpoint has them."""
+"""The CPU backend: Numba kernels on packed weights, made for the instructions that this CPU has."""
 
 import os
 import threading
@@ -6,47 +6,70 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numba
 import numpy as np
 
 from gptoss_lite.batch import Batch
 from gptoss_lite.cache import KVCache
 from gptoss_lite.errors import DeviceError
-from gptoss_lite.kernels.cpu import attention, elementwise, linear, sampling
-from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use, natural
-from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
-from gptoss_lite.quant.mxfp4 import E2M1
+from gptoss_lite.kernels.cpu import attention, elementwise, isa, sampling
+from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
+from gptoss_lite.kernels.cpu.experts import experts_packed
+from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
+from gptoss_lite.kernels.cpu.router import make_router
+from gptoss_lite.ops import cpu_weights
+from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use, floats, natural
+from gptoss_lite.ops.cpu_weights import Tiles
+from gptoss_lite.quant import QTensor
 from gptoss_lite.rope import Rope, rope_tables
 from gptoss_lite.sampling import Draw, Sampled, sample
 
 # Numba's fallback threading layer aborts the process when two threads enter it at once.
 _ONE_AT_A_TIME = threading.RLock()
-_CODES = np.asarray(E2M1, np.float32)
 _NO_WINDOW = 2**31 - 1
-# How int8's scales become float32, see linear.linear_int8. The exponent of fp16 is biased by 112 less; byte 0
-# of E8M0 is 2^-127, a subnormal.
-_SCALES = {"bfloat16": (16, 0, 1.0), "float16": (13, 0, 2.0**112), "uint8": (23, 1 << 22, 1.0)}
+_NOTHING, _NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 
 
 class CPUOps(Ops):
-    """Float32 arithmetic on packed weights, bf16 keys and values, all cores.
+    """Packed weights times integer activations, float32 between them; bf16 keys and values; all cores.
+
+    activations: what quantised weights are multiplied by. "accurate" is 16 bits, whose error is lost beside
+    that of the cache; "int8" is 8 bits, twice as fast with many tokens, and less accurate. dense: "int8"
+    quantises attention and lm_head while loading where the checkpoint has them dense.
 
     A row's result has the same bits whatever else is in the batch, however its prompt was cut, and whatever
     the number of threads: every sum runs in one order fixed by the weight's shape or by absolute position.
+    Raises DeviceError for a choice that there is not.
     """
 
     name = "cpu"
     cache_dtype: ClassVar[Any] = np.uint16  # the bits of bf16
 
-    def __init__(self, threads: int | None = None) -> None:
-        # Read when the thread pool first starts. Threads that spin until their next loop starve each other
-        # where cores are shared: on two busy cores a step of a small model took 40 times as long.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    def __init__(
+        self, threads: int | None = None, activations: str = "accurate", dense: str | None = None
+    ) -> None:
+        # Read when the thread pool first starts. Threads that wait for their next loop awake for long starve
+        # each other where cores are shared: on two busy cores a step of a small model took 40 times as long.
+        # Some 0.2 ms, turns of GNU's own wait loop, are as long as a step does something else.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         if threads is not None and (type(threads) is not int or not 1 <= threads <= available):
             raise DeviceError(f"threads is {threads!r}: this machine gives 1 to {available}")
+        if activations not in ("accurate", "int8"):
+            raise DeviceError(f"activations is {activations!r}: choose accurate or int8")
+        if dense not in (None, "int8"):
+            raise DeviceError(f"dense is {dense!r}: choose int8, or None for what the checkpoint has")
         self.threads = threads or available
+        self.activations = activations
+        self._dense = dense
+        self._isa = isa.host()
+
+    @property
+    def host_threads(self) -> int:
+        """See Ops.host_threads."""
+        return self.threads
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -61,15 +84,26 @@ class CPUOps(Ops):
             return super().run(network, batch, cache)
 
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
-        """Keep MXFP4 and int8 packed, bf16 as its bits; float16 becomes float32, which holds it exactly."""
-        match natural(tensor):
-            case MXFP4Tensor() | Int8Tensor() as packed:
-                return packed.map(np.ascontiguousarray)
-            case np.ndarray() as tensor:
-                if tensor.dtype == ml_dtypes.bfloat16:
-                    return np.ascontiguousarray(tensor).view(np.uint16)
-                return np.ascontiguousarray(tensor, np.float32).view(np.uint32)
-        raise TypeError(f"no CPU kernel for {type(tensor).__name__}")
+        """Bring what is quantised into tiles, unless it is in them; keep what is dense, or quantise it.
+
+        An embedding stays as it is: rows are looked up in it.
+        """
+        if use.kind == "embedding":
+            table = natural(tensor)
+            return table if isinstance(table, QTensor) else cpu_weights.dense(table)
+        if use.kind == "router":
+            return cpu_weights.dense(floats(tensor) if isinstance(tensor, QTensor) else tensor)
+        if isinstance(tensor, QTensor):
+            return cpu_weights.tiles(tensor, self.threads)
+        if self._dense == "int8" and cpu_weights.can_be_int8(tensor):
+            return cpu_weights.quantised(tensor, self.threads)
+        return cpu_weights.dense(tensor)
+
+    def prepare_stacked(self, parts: Sequence[Array | QTensor], use: Use) -> Any:
+        """See Ops.prepare_stacked; quantised parts are put in place one by one."""
+        if cpu_weights.can_be_stacked(parts):
+            return cpu_weights.stacked(parts, self.threads)  # type: ignore[arg-type]
+        return super().prepare_stacked(parts, use)
 
     def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
         """See Ops.embed; a table that is not quantised holds the bits of bf16 or float32."""
@@ -86,7 +120,7 @@ class CPUOps(Ops):
         """See Ops.qkv."""
         keys, values = cache.keys[layer], cache.values[layer]
         Hk, _, D = keys.shape[1:]
-        projected = _dense(_rms_norm(x, norm), w)
+        projected = self._linear(rms_norm(x, norm.weight, norm.eps), w)
         q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), np.float32)
         cos, sin = rotation
         attention.rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
@@ -106,21 +140,37 @@ class CPUOps(Ops):
 
     def out_proj(self, a: Array, w: Linear, x: Array) -> Array:
         """See Ops.out_proj."""
-        return x + _dense(a.reshape(len(a), -1), w)
+        return self._linear(a.reshape(len(a), -1), w, x)
 
     def route(self, x: Array, norm: Norm, router: Linear, k: int) -> tuple[Array, Array, Array]:
         """See Ops.route."""
-        h = _rms_norm(x, norm)
-        logits = _dense(h, router)
-        ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k].astype(np.int32)
-        weights = np.empty(ids.shape, np.float32)
-        elementwise.softmax(np.take_along_axis(logits, ids, axis=-1), weights)
+        h = rms_norm(x, norm.weight, norm.eps)
+        ids, weights = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32)
+        route = make_router(self._isa, cpu_weights.name_of(router.weight))
+        route(h, router.weight, router.bias, ids, weights)
         return h, ids, weights
 
     def experts(
         self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array
     ) -> Array:
-        """See Ops.experts. Rows are sorted by expert, so that each expert's weights are read once a call."""
+        """See Ops.experts."""
+        up, back = gate_up.weight, down.weight
+        if not isinstance(up, Tiles) or not isinstance(back, Tiles):
+            return self._dense_experts(h, ids, weights, gate_up, down, limit, x)
+        out = np.empty_like(x)
+        experts = experts_packed(self._isa, up.format, back.format, self.activations)
+        experts(
+            h, ids, weights,
+            up.records, up.code_bytes, up.groups, up.group_blocks, up.is_fp16, gate_up.bias,
+            back.records, back.code_bytes, back.groups, back.group_blocks, back.is_fp16, down.bias,
+            limit, x, out,
+        )  # fmt: skip
+        return out
+
+    def _dense_experts(
+        self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array
+    ) -> Array:
+        """Compute experts of which at least one stack is dense; rows are sorted by expert."""
         assert gate_up.bias is not None and down.bias is not None
         order = np.argsort(ids, axis=None, kind="stable")
         expert = ids.ravel()[order]  # (R,), R = T * k
@@ -129,48 +179,49 @@ class CPUOps(Ops):
         groups, counts = np.unique(expert, return_counts=True)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
-        up = _grouped(h[order // ids.shape[1]], gate_up.weight, groups, starts)
+        up = self._grouped(h[order // ids.shape[1]], gate_up.weight, groups, starts)
         inner = np.empty((len(up), up.shape[1] // 2), np.float32)
         elementwise.swiglu(up, gate_up.bias, expert, limit, inner)
-        y = _grouped(inner, down.weight, groups, starts)
+        y = self._grouped(inner, down.weight, groups, starts)
         out = np.empty_like(x)
         elementwise.combine(x, y, down.bias, expert, rows.reshape(ids.shape), weights, out)
         return out
 
     def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Batch) -> Array:
         """See Ops.logits."""
-        return _dense(_rms_norm(x[batch.rows], norm), lm_head)
+        return self._linear(rms_norm(x[batch.rows], norm.weight, norm.eps), lm_head)
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""
-        with self._threads():
-            return sample(logits, draws, sampling.gumbel_argmax)
+        return sample(logits, draws, sampling)
 
-
-def _rms_norm(x: Array, norm: Norm) -> Array:
-    y = np.empty_like(x)
-    elementwise.rms_norm(x, norm.weight, norm.eps, y)
-    return y
-
-
-def _dense(x: Array, w: Linear) -> Array:
-    one_group, all_rows = np.zeros(1, np.int32), np.array([0, len(x)], np.int32)
-    stack = w.weight.map(lambda part: part[None]) if isinstance(w.weight, QTensor) else w.weight[None]
-    y = _grouped(x, stack, one_group, all_rows)
-    return y if w.bias is None else y + w.bias
-
-
-def _grouped(x: Array, weight: Any, groups: Array, starts: Array) -> Array:
-    """Multiply rows starts[g]:starts[g + 1] of x (R, K) with weight[groups[g]] (N, K) -> float32 (R, N)."""
-    y = np.empty((len(x), weight.shape[1]), np.float32)
-    if not len(x):  # no row's logits are wanted: spare the reading of the weights
+    def _linear(self, x: Array, w: Linear, residual: Array = _NO_ROWS) -> Array:
+        """Compute residual + x @ weight.T + bias, x float32 (R, K)."""
+        weight, added = w.weight, _NOTHING if w.bias is None else w.bias
+        y = np.empty((len(x), weight.rows if isinstance(weight, Tiles) else len(weight)), np.float32)
+        if not len(x):  # no row's logits are wanted: spare the reading of the weights
+            return y
+        if isinstance(weight, Tiles):
+            self._product(weight, weight.records, x, added, residual, y)
+        else:
+            one_group, all_rows = np.zeros(1, np.int32), np.array([0, len(x)], np.int32)
+            linear = linear_dense(self._isa, cpu_weights.name_of(weight))
+            linear(weight[None], one_group, all_rows, x, added, residual, y)
         return y
-    match weight:
-        case MXFP4Tensor(blocks=blocks, scales=scales):
-            linear.linear_mxfp4(x, blocks, scales, _CODES, groups, starts, y)
-        case Int8Tensor(codes=codes, scales=scales):
-            bits = scales.view(f"u{scales.itemsize}")
-            linear.linear_int8(x, codes, bits, *_SCALES[scales.dtype.name], groups, starts, y)
-        case _:
-            linear.linear_dense(x, weight, groups, starts, y)
-    return y
+
+    def _grouped(self, x: Array, weight: Any, groups: Array, starts: Array) -> Array:
+        """Multiply rows starts[g]:starts[g + 1] of x (R, K) with weight[groups[g]] (N, K) -> (R, N)."""
+        N = weight.rows if isinstance(weight, Tiles) else weight.shape[1]
+        y = np.empty((len(x), N), np.float32)
+        if isinstance(weight, Tiles):
+            for group, start, end in zip(groups, starts, starts[1:], strict=False):
+                self._product(weight, weight.records[group], x[start:end], _NOTHING, _NO_ROWS, y[start:end])
+        else:
+            linear = linear_dense(self._isa, cpu_weights.name_of(weight))
+            linear(weight, groups, starts, x, _NOTHING, _NO_ROWS, y)
+        return y
+
+    def _product(self, w: Tiles, record: Array, x: Array, added: Array, residual: Array, y: Array) -> None:
+        linear = linear_packed(self._isa, w.format, self.activations)
+        rows = quantized(self._isa, w.format, self.activations, x)
+        linear(record, w.code_bytes, w.groups, w.group_blocks, w.is_fp16, *rows, added, residual, y)

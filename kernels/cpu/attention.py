@@ -1,123 +1,277 @@
-"""Paged attention with sinks: rotary embedding and append to the cache, then softmax block by block.
+"""Paged attention with sinks: softmax part by part, and segment by segment.
 
-A block holds 16 tokens at fixed absolute positions and blocks are visited in order, so a row's sums do not
-depend on how its sequence was cut into chunks or on who shares the batch. Keys and values are bf16 bits in
-uint16.
+A part is 64 keys and a segment 1,024, at fixed absolute positions: a row's largest score and its sums start
+anew with a segment and go through its parts in order, and segments are merged in order. So a row's bits do
+not depend on how its sequence was cut into chunks, on who shares the batch, or on the number of threads.
+
+A task is a tile of tokens with one key head; or a single token with one segment and some key heads, and the
+thread that finishes the last of such a token's segments merges them. Keys and values are bf16 bits in uint16.
 """
 
 import math
+from functools import cache
+from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
-from numba import njit, prange
+from numba import cfunc, njit, prange, types
 
-from gptoss_lite.kernels.cpu import Array
+from gptoss_lite.kernels.cpu import Array, isa
+from gptoss_lite.kernels.cpu.attentiontile import (
+    BLOCK,
+    CHUNK,
+    PART,
+    ROWS,
+    accumulate,
+    copy,
+    empty,
+    finish,
+    merge,
+    score,
+    transpose,
+    vectors,
+    weigh,
+)
+from gptoss_lite.kernels.cpu.rope import rotate_and_append
+from gptoss_lite.kernels.cpu.steps import LANES
+from gptoss_lite.kernels.cpu.workers import ADDRESS, arguments, array, call, count
 
-_DOT = {"contract", "reassoc", "nsz"}
+__all__ = ["attention", "rotate_and_append", "takes_bf16"]
+
+SEGMENT = 1024
+TILE = 16  # tokens that share the work of transposing keys
+_BLOCKS = PART // BLOCK
+_LINE = 64  # bytes
+_LOG2E = 1.4426950408889634
+# Of a tile: its tokens, the first of its segments and how many of them are tasks of their own, key heads in a
+# task, its first task, and the first of the states that it keeps to be merged.
+_START, _STOP, _SEGMENT, _SEGMENTS, _HEADS, _TASK, _KEPT = range(7)
+
+_pack, _read = arguments(
+    array(types.uint32, 3),  # q, the bits of float32, or of bf16 two by two
+    array(types.uint16, 4),  # keys
+    array(types.uint16, 4),  # values
+    array(types.int32, 2),  # table
+    array(types.int32, 1),  # sequence
+    array(types.int32, 1),  # positions
+    array(types.float32, 1),  # sinks
+    types.int64,  # window
+    types.float64,  # scale
+    array(types.float32, 3),  # out
+    array(types.int64, 2),  # tiles
+    array(types.int64, 1),  # counters: threads, tasks begun, and from there on of segments done
+    array(types.float32, 3),  # states: of each thread two for each octet of a task, then those kept
+    # What follows is each thread's own.
+    array(types.uint32, 3),  # pairs of dimensions of a part's keys, four blocks
+    array(types.float32, 3),  # scores, and in a ninth row what sums are shrunk by
+    array(types.int64, 3),  # where the part's blocks are, and those needed soon
+    array(types.uint16, 4),  # padded keys and values, four blocks each, where D is not a multiple of 32
+    array(types.float32, 3),  # rows of results
+)
 
 
-@njit(inline="always")
-def _to_bf16(bits):  # type: ignore[no-untyped-def]
-    """Round the bits of a finite float32 to bf16, half to even."""
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+def takes_bf16(kind: isa.ISA) -> bool:
+    """Whether a CPU multiplies pairs of bf16, so that bf16 queries make attention cheaper."""
+    return kind.name == "avx512" and "avx512bf16" in isa.features() and llvm.llvm_version_info[0] > 15
 
 
-@njit(cache=True, boundscheck=False)
-def rotate_and_append(
-    qkv: Array, cos: Array, sin: Array, blocks: Array, slots: Array, q: Array, keys: Array, values: Array
-) -> None:
-    """Split `qkv`, rotate queries and keys, store keys and values in the cache.
-
-    qkv float32 (T, (H + 2 Hk) * D), cos and sin float32 (T, D/2), blocks and slots int32 (T,): where each
-    token is kept, q float32 (T, H, D) is written, keys and values uint16 (block, Hk, 16, D) are appended to.
-    """
-    T, H, D = q.shape
-    Hk = keys.shape[1]
-    half = D // 2
-    rotated = np.empty(D, np.float32)
-    bits = rotated.view(np.uint32)
-    for t in range(T):
-        for head in range(H + 2 * Hk):
-            base = head * D
-            if head < H + Hk:
-                for i in range(half):
-                    a, b = qkv[t, base + i], qkv[t, base + half + i]
-                    rotated[i] = a * cos[t, i] - b * sin[t, i]
-                    rotated[half + i] = b * cos[t, i] + a * sin[t, i]
-            else:
-                for i in range(D):
-                    rotated[i] = qkv[t, base + i]
-            for i in range(D):
-                if head < H:
-                    q[t, head, i] = rotated[i]
-                elif head < H + Hk:
-                    keys[blocks[t], head - H, slots[t], i] = _to_bf16(bits[i])
-                else:
-                    values[blocks[t], head - H - Hk, slots[t], i] = _to_bf16(bits[i])
-
-
-@njit(parallel=True, cache=True, fastmath=_DOT, boundscheck=False)
 def attention(
-    q: Array,
-    keys: Array,
-    values: Array,
-    table: Array,
-    sequence: Array,
-    positions: Array,
-    sinks: Array,
-    window: int,
-    scale: float,
-    out: Array,
-) -> None:
-    """Write each query's attention over its sequence's visible keys; a task is one token and one key head.
+    q: Array, keys: Array, values: Array, table: Array, sequence: Array, positions: Array, sinks: Array,
+    window: int, scale: float, out: Array,
+) -> None:  # fmt: skip
+    """Write each query's attention over its sequence's visible keys.
 
-    q float32 (T, H, D), keys and values uint16 (block, Hk, 16, D), table int32 (S, blocks), sequence and
+    q (T, H, D), D even: float32; or where the CPU `takes_bf16` the bits of bf16 as uint16, and weights are
+    rounded to bf16 as well. keys and values uint16 (block, Hk, 16, D), table int32 (S, blocks), sequence and
     positions int32 (T,), sinks float32 (H,), out float32 (T, H, D). Key j is visible to position i when i -
     window < j <= i.
     """
     T, H, D = q.shape
-    Hk, B = keys.shape[1:3]
-    G = H // Hk  # query heads that share one key head
-    for task in prange(T * Hk):
-        t, kv = task // Hk, task % Hk
-        position = positions[t]
-        first = max(0, position - window + 1)
-        key_bits = np.empty((B, D), np.uint32)
-        value_bits = np.empty((B, D), np.uint32)
-        key = key_bits.view(np.float32)
-        value = value_bits.view(np.float32)
-        score = np.empty(B, np.float32)
-        total = np.ones(G, np.float32)  # the sink's own weight, e^(s - maximum), before any key
-        maximum = np.empty(G, np.float32)
-        accumulated = np.zeros((G, D), np.float32)
-        for g in range(G):
-            maximum[g] = sinks[kv * G + g]
-        for index in range(first // B, position // B + 1):
-            block = table[sequence[t], index]
-            low = max(first - index * B, 0)
-            high = min(position + 1 - index * B, B)
-            for j in range(low, high):
-                for d in range(D):
-                    key_bits[j, d] = np.uint32(keys[block, kv, j, d]) << np.uint32(16)
-                    value_bits[j, d] = np.uint32(values[block, kv, j, d]) << np.uint32(16)
-            for g in range(G):
-                head = kv * G + g
-                best = maximum[g]
-                for j in range(low, high):
-                    dot = np.float32(0)
-                    for d in range(D):
-                        dot += q[t, head, d] * key[j, d]
-                    score[j] = dot * np.float32(scale)
-                    best = max(best, score[j])
-                shrink = np.float32(math.exp(maximum[g] - best))
-                maximum[g] = best
-                total[g] *= shrink
-                for d in range(D):
-                    accumulated[g, d] *= shrink
-                for j in range(low, high):
-                    weight = np.float32(math.exp(score[j] - best))
-                    total[g] += weight
-                    for d in range(D):
-                        accumulated[g, d] += weight * value[j, d]
-        for g in range(G):
-            for d in range(D):
-                out[t, kv * G + g, d] = accumulated[g, d] / total[g]
+    Hk, threads = keys.shape[1], numba.get_num_threads()
+    octets, chunks = -(-H // Hk // ROWS), -(-D // CHUNK)
+    tiles = np.empty((T + 1, 7), np.int64)
+    tasks, kept = _plan(sequence, positions, window, Hk, threads, tiles)
+    threads = min(threads, tasks)
+    states, pairs, scores, rows = _aligned(
+        ((2 * threads * max(TILE, Hk) + kept) * octets, vectors(chunks), LANES),
+        (threads * _BLOCKS, chunks * CHUNK // 2, LANES),
+        (threads, ROWS + 1, PART),
+        (threads, ROWS, chunks * CHUNK),
+    )
+    places = np.empty((threads, 8, _BLOCKS), np.int64)
+    padded = np.zeros((2 * threads * _BLOCKS if D % CHUNK else 0, 1, BLOCK, chunks * CHUNK), np.uint16)
+    kind = isa.host()
+    assert q.dtype == np.float32 or takes_bf16(kind)
+    work = _make_work(kind.lanes == LANES, "float32" if q.dtype == np.float32 else "bf16")
+    operands = (
+        q.view(np.uint32), keys, values, table, sequence, positions, sinks, window, scale, out, tiles,
+        np.zeros(2 + tasks, np.int64), states, pairs.view(np.uint32), scores, places, padded, rows,
+    )  # fmt: skip
+    _run(work.address, threads, operands)
+
+
+def _aligned(*shapes: tuple[int, ...]) -> list[Array]:
+    """Make arrays of float32 that begin with a cache line and fill whole ones."""
+    sizes = [math.prod(shape) for shape in shapes]
+    room = np.empty(sum(sizes) + _LINE // 4, np.float32)
+    start, arrays = -room.ctypes.data % _LINE // 4, []
+    for shape, size in zip(shapes, sizes, strict=True):
+        arrays.append(room[start : start + size].reshape(shape))
+        start += size
+    return arrays
+
+
+@njit(parallel=True, cache=True, boundscheck=False)
+def _run(work, threads, operands):  # type: ignore[no-untyped-def]
+    address = _pack(operands)
+    if threads == 1:
+        call(work, address)
+    else:
+        for _ in prange(threads):
+            call(work, address)
+
+
+@njit(cache=True, boundscheck=False)
+def _plan(sequence, positions, window, Hk, threads, tiles):  # type: ignore[no-untyped-def]
+    """Cut the batch into tiles, last tokens first, for they see most -> how many tasks, and states to keep.
+
+    tiles int64 (T + 1, 7) is written; after the last of them stands where tasks end. Single tokens have as
+    many key heads to a task as leaves every thread some tasks: what lies together is then read together.
+    """
+    pieces = 0
+    for t in range(len(sequence)):
+        pieces += positions[t] // SEGMENT - max(0, positions[t] - window + 1) // SEGMENT + 1
+    some_heads = max(1, min(Hk, Hk * pieces // (4 * threads)))
+    n = task = kept = 0
+    stop = len(sequence)
+    while stop > 0:
+        start = stop - 1
+        while start > max(0, stop - TILE) and (
+            sequence[start - 1] == sequence[start] and positions[start - 1] + 1 == positions[start]
+        ):
+            start -= 1
+        first = max(0, positions[start] - window + 1) // SEGMENT
+        segments, heads = 1, 1
+        if stop - start == 1:
+            segments, heads = positions[start] // SEGMENT - first + 1, some_heads
+        tiles[n, _START], tiles[n, _STOP], tiles[n, _HEADS] = start, stop, heads
+        tiles[n, _SEGMENT], tiles[n, _SEGMENTS] = first, segments
+        tiles[n, _TASK], tiles[n, _KEPT] = task, kept
+        task += segments * ((Hk + heads - 1) // heads)
+        if segments > 1:
+            kept += segments * Hk
+        n, stop = n + 1, start
+    tiles[n, _TASK] = task
+    return task, kept
+
+
+@cache
+def _make_work(is_wide: bool, queries: str) -> Any:
+    """Compile what each thread does; queries: "float32" or "bf16"."""
+    key = isa.key("wide" if is_wide else "narrow", queries)
+
+    @cfunc(types.void(ADDRESS), cache=True, error_model="numpy")
+    def work(address):  # type: ignore[no-untyped-def]
+        (
+            q, keys, values, table, sequence, positions, sinks, window, scale, out, tiles, counters, states,
+            pairs, scores, places, padded, rows,
+        ) = _read(address)  # fmt: skip
+        worker = count(counters, 0)
+        H, D, Hk = q.shape[1], keys.shape[3], keys.shape[1]
+        G = H // Hk  # query heads that share one key head
+        octets = (G + ROWS - 1) // ROWS
+        most = max(TILE, Hk) * octets
+        running, fresh, keeping = 2 * worker * most, (2 * worker + 1) * most, 2 * len(scores) * most
+        factor = np.float32(scale * _LOG2E)
+        n = 0
+        while True:
+            task = count(counters, 1)
+            if task >= len(counters) - 2:
+                break
+            while task >= tiles[n + 1, _TASK]:
+                n += 1
+            start, stop, heads = tiles[n, _START], tiles[n, _STOP], tiles[n, _HEADS]
+            first_segment, segments = tiles[n, _SEGMENT], tiles[n, _SEGMENTS]
+            task -= tiles[n, _TASK]
+            turns = (Hk + heads - 1) // heads
+            piece, turn = task // turns, task % turns
+            first_head, end_head = turn * heads, min(turn * heads + heads, Hk)
+            s, tokens = sequence[start], stop - start
+            octets_here = (end_head - first_head) * tokens * octets
+            lowest, highest = max(0, positions[start] - window + 1), positions[stop - 1]
+            last_segment = highest // SEGMENT
+            if segments > 1:
+                first_segment += piece
+                last_segment = first_segment
+
+            for segment in range(first_segment, last_segment + 1):
+                target = running if segment == first_segment else fresh
+                for octet in range(octets_here):
+                    empty(key, states, target + octet)
+                begin, end = max(segment * SEGMENT, lowest), min(segment * SEGMENT + SEGMENT, highest + 1)
+                for part in range(begin // PART * PART, end, PART):
+                    first_block, last_block = max(part, begin) // BLOCK, (min(part + PART, end) - 1) // BLOCK
+                    for kv in range(first_head, end_head):
+                        # Ask for what comes next: this part's next key head, which lies beside this one.
+                        soon_head, later = kv + 1, 0
+                        if soon_head == end_head:
+                            soon_head, later = first_head, _BLOCKS
+                        v, head = values, kv
+                        for b in range(first_block, last_block + 1):
+                            block, i = np.int64(table[s, b]), b % _BLOCKS
+                            places[worker, 0, i] = block
+                            places[worker, 1, i] = table[s, min(b + later, highest // BLOCK)]
+                            if len(padded) == 0:
+                                transpose(key, keys, block, kv, pairs, worker * _BLOCKS + i)
+                                continue
+                            v, head = padded, 0
+                            at = 2 * worker * _BLOCKS + i
+                            for j in range(BLOCK):
+                                for d in range(D):
+                                    padded[at, 0, j, d] = keys[block, kv, j, d]
+                                    padded[at + _BLOCKS, 0, j, d] = values[block, kv, j, d]
+                            places[worker, 0, i] = at + _BLOCKS
+                            transpose(key, padded, at, 0, pairs, worker * _BLOCKS + i)
+                        octet = target + (kv - first_head) * tokens * octets
+                        for t in range(start, stop):
+                            low = max(part, positions[t] - window + 1) - part
+                            high = min(part + PART, positions[t] + 1) - part
+                            for row in range(kv * G, kv * G + G, ROWS):
+                                if low < high:
+                                    score(
+                                        key, q, t, row, kv * G + G - 1, pairs, low, high, keys, places,
+                                        worker, soon_head, scores,
+                                    )  # fmt: skip
+                                    weigh(key, scores, worker, factor, states, octet)
+                                    accumulate(
+                                        key, v, places, worker, head, low, high, values, soon_head, scores,
+                                        states, octet,
+                                    )  # fmt: skip
+                                octet += 1
+                if segment > first_segment:
+                    for octet in range(octets_here):
+                        merge(key, states, running + octet, fresh + octet)
+
+            if segments > 1:
+                kept = keeping + (tiles[n, _KEPT] + first_head) * octets
+                for octet in range(octets_here):
+                    copy(key, states, running + octet, kept + piece * Hk * octets + octet)
+                if count(counters, 2 + tiles[n, _TASK] + turn) < segments - 1:
+                    continue
+                for octet in range(octets_here):
+                    copy(key, states, kept + octet, running + octet)
+                    for other in range(1, segments):
+                        merge(key, states, running + octet, kept + other * Hk * octets + octet)
+
+            octet = running
+            for kv in range(first_head, end_head):
+                for t in range(start, stop):
+                    for row in range(kv * G, kv * G + G, ROWS):
+                        finish(key, states, octet, sinks, row, kv * G + G - 1, rows, worker)
+                        for r in range(min(ROWS, kv * G + G - row)):
+                            for d in range(D):
+                                out[t, row + r, d] = rows[worker, r, d]
+                        octet += 1
+
+    return work

@@ -1,24 +1,75 @@
-"""The small steps between the products: RMSNorm, clamped SwiGLU, the weighted sum of the experts, softmax."""
+"""The small steps between the products: clamped SwiGLU, and the sum over dense experts."""
 
-import math
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
 
 from gptoss_lite.kernels.cpu import Array
+from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+
+PAIRS = 16  # gates and ups that SwiGLU takes at once
+_FLOATS, _INTS = ir.VectorType(ir.FloatType(), PAIRS), ir.VectorType(ir.IntType(32), PAIRS)
 
 
-@njit(cache=True, fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
-def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None:
-    """Write x / sqrt(mean(x^2) + eps) * weight row by row; x and y float32 (T, K), weight float32 (K,)."""
-    T, K = x.shape
-    for t in range(T):
-        squares = np.float32(0)
-        for k in range(K):
-            squares += x[t, k] * x[t, k]
-        factor = np.float32(1.0 / math.sqrt(squares / K + eps))
-        for k in range(K):
-            y[t, k] = x[t, k] * factor * weight[k]
+@writes_ir
+def swiglu_pairs(_typing, x, first, second, added, added_at, limit, y, y_at):  # type: ignore[no-untyped-def]
+    """Write gate * sigmoid(1.702 * gate) * (up + 1), clamped, of 16 gates and ups to y from y_at on.
+
+    Gates and ups take turns, eight of each in the 16 numbers of x from element `first` on, and eight in those
+    from `second` on; what is added to them lies together, from added_at on. All float32.
+    """
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        arrays = addresses(context, b, signature, args)
+        _, first, second, _, added_at, limit, _, y_at = args
+        halves = []
+        for i, at in enumerate((first, second)):
+            values = load(b, moved(b, arrays[0], at, 4), _FLOATS)
+            bias = load(b, moved(b, moved(b, arrays[3], added_at, 4), 4 * PAIRS * i), _FLOATS)
+            halves.append(b.fadd(values, bias))
+        gate, up = (
+            b.shuffle_vector(*halves, ir.Constant(_INTS, list(range(parity, 2 * PAIRS, 2))))
+            for parity in (0, 1)
+        )
+        top = spread(b, b.fptrunc(limit, ir.FloatType()), PAIRS)
+        gate, up = _at_most(b, gate, top), _at_most(b, up, top)
+        bottom = b.fneg(top)
+        up = b.select(b.fcmp_ordered("<", up, bottom), bottom, up)
+        share = b.fadd(_exponential(b, b.fmul(gate, splat(_FLOATS, -1.702))), splat(_FLOATS, 1.0))
+        value = b.fmul(b.fdiv(gate, share), b.fadd(up, splat(_FLOATS, 1.0)))
+        store(b, value, moved(b, arrays[6], y_at, 4))
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(x, integer, integer, added, integer, types.float64, y, integer), generate
+
+
+def _at_most(b: ir.IRBuilder, x: Any, top: Any) -> Any:
+    return b.select(b.fcmp_ordered(">", x, top), top, x)
+
+
+def _exponential(b: ir.IRBuilder, x: Any) -> Any:
+    """Compute e^x to 2e-7 for x from -87 to 87, and what these come to beyond them.
+
+    2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Moshier, Cephes' expf).
+    """
+    x = _at_most(b, x, splat(_FLOATS, 87.0))
+    x = b.select(b.fcmp_ordered("<", x, splat(_FLOATS, -87.0)), splat(_FLOATS, -87.0), x)
+    n = call(b, "llvm.rint.v16f32", _FLOATS, b.fmul(x, splat(_FLOATS, 1.44269504)))
+    r = _multiply_add(b, n, splat(_FLOATS, -0.693359375), x)
+    r = _multiply_add(b, n, splat(_FLOATS, 2.12194440e-4), r)
+    p = splat(_FLOATS, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = _multiply_add(b, p, r, splat(_FLOATS, coefficient))
+    p = b.fadd(_multiply_add(b, p, b.fmul(r, r), r), splat(_FLOATS, 1.0))
+    exponent = b.shl(call(b, "llvm.fptosi.sat.v16i32.v16f32", _INTS, n), splat(_INTS, 23))
+    return b.bitcast(b.add(b.bitcast(p, _INTS), exponent), _FLOATS)
+
+
+def _multiply_add(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    return call(b, "llvm.fmuladd.v16f32", _FLOATS, x, y, z)
 
 
 @njit(parallel=True, cache=True, boundscheck=False)
@@ -28,13 +79,16 @@ def swiglu(x: Array, bias: Array, expert: Array, limit: float, y: Array) -> None
     x float32 (R, 2 I), bias float32 (E, 2 I), expert int32 (R,) whose bias each row takes, y float32 (R, I).
     """
     R, inner = y.shape
-    top = np.float32(limit)
     for r in prange(R):
-        for i in range(inner):
-            gate = min(x[r, 2 * i] + bias[expert[r], 2 * i], top)
-            up = max(min(x[r, 2 * i + 1] + bias[expert[r], 2 * i + 1], top), -top)
-            sigmoid = np.float32(1.0 / (1.0 + math.exp(np.float32(-1.702) * gate)))
-            y[r, i] = gate * sigmoid * (up + np.float32(1))
+        pairs, added = np.zeros(2 * PAIRS, np.float32), np.zeros(2 * PAIRS, np.float32)
+        found = np.empty(PAIRS, np.float32)
+        for first in range(0, inner, PAIRS):
+            count = min(PAIRS, inner - first)
+            for i in range(2 * count):
+                pairs[i], added[i] = x[r, 2 * first + i], bias[expert[r], 2 * first + i]
+            swiglu_pairs(pairs, 0, PAIRS, added, 0, limit, found, 0)
+            for i in range(count):
+                y[r, first + i] = found[i]
 
 
 @njit(parallel=True, cache=True, boundscheck=False)
@@ -52,15 +106,3 @@ def combine(x: Array, y: Array, bias: Array, expert: Array, rows: Array, weights
                 r = rows[t, c]
                 total += weights[t, c] * (y[r, k] + bias[expert[r], k])
             out[t, k] = x[t, k] + total
-
-
-@njit(cache=True, boundscheck=False)
-def softmax(x: Array, y: Array) -> None:
-    """Write the softmax of each row; x float32 (T, k) with its largest value first, y float32 (T, k)."""
-    for t in range(x.shape[0]):
-        total = np.float32(0)
-        for k in range(x.shape[1]):
-            y[t, k] = math.exp(x[t, k] - x[t, 0])
-            total += y[t, k]
-        for k in range(x.shape[1]):
-            y[t, k] /= total

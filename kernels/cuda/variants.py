@@ -20,6 +20,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "norm.cu": ("OPERAND_BF16",),
     "out_proj.cu": ("WEIGHTS", "OPERAND_BF16"),
     "qkv.cu": ("WEIGHTS", "OPERAND_BF16", "KV_FP16"),
+    "read.cu": (),
     "repack.cu": (),
     "rope.cu": ("KV_FP16",),
     "router.cu": ("OPERAND_BF16",),

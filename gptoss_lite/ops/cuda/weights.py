@@ -170,7 +170,7 @@ class WeightStore:
                 layout = Layout(Format.INT8, rows, columns, format.group(columns), scale_bf16=is_bf16)
             case _:
                 fits, layout = ranges.dense_fits_half(tensor), Layout(Format.DENSE, rows, columns)
-        bf16 = not fits or use.reach > _HALF_MAX
+        bf16 = not fits or use.reach() > _HALF_MAX
         if bf16 and self._runtime.arch == "sm_75":
             where = "lm_head" if use.layer is None else f"{use.kind} of layer {use.layer}"
             raise DeviceError(

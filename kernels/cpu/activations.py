@@ -1,0 +1,180 @@
+"""Activations as the tiles take them: RMSNorm, and integer codes by blocks for packed weights.
+
+A row of activations is quantised 32 columns at a time: a code is what the column comes to in units of the
+block's largest magnitude / 32512 in two bytes, or / 127 in one. Rows lie in chunks of as many as a tile
+multiplies at once, the blocks of a chunk in turn and in each block all of its rows; some chunks have fewer
+rows than they have room for, and what the room left holds does not matter.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+
+from gptoss_lite.kernels.cpu import Array, isa
+from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+
+BLOCK = 32
+MANY = 8  # rows from which on it pays to prepare them in parallel
+_SMALLEST = 0x0D000000  # bits of about 4e-31: a block of smaller values is all zeros
+
+_LANES = 16  # of a vector, which a CPU with shorter registers computes in parts
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_INTS, _FLOATS, _BYTES = (ir.VectorType(kind, _LANES) for kind in (_I32, _F32, ir.IntType(8)))
+
+
+def operand(kind: isa.ISA, format: str, activations: str) -> tuple[int, float, int]:
+    """Say how activations are quantised for weights of a format: passes, unit and bias of `quantize`."""
+    passes = 1 if activations == "int8" else 2
+    return (passes, 0.5, kind.mxfp4_bias) if format == "mxfp4" else (passes, 1.0, kind.int8_bias)
+
+
+def quantized(kind: isa.ISA, format: str, activations: str, x: Array) -> tuple[Array, Array, Array]:
+    """Quantise rows x float32 (R, K) for weights of a format -> codes, scales and starts, see `quantize`.
+
+    They lie in chunks of as many as a tile of this ISA multiplies at once: row r is in the chunk that begins
+    at slot r // tokens * tokens.
+    """
+    wide = kind.tokens
+    passes, unit, bias = operand(kind, format, activations)
+    rows, columns = -(-len(x) // wide) * wide, x.shape[1]
+    codes = np.empty(rows * columns * passes, np.int8)
+    scales = np.empty(rows * columns // BLOCK, np.float32)
+    starts = np.empty(rows * columns // BLOCK, np.int32)
+    _quantize_rows(x, wide, passes, unit, bias, codes, scales, starts)
+    return codes, scales, starts
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Compute x / sqrt(mean(x^2) + eps) * weight; x float32 (R, K), weight float32 (K,)."""
+    y = np.empty_like(x)
+    _normalise_rows(x, weight, eps, y)
+    return y
+
+
+@njit(fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
+def _normalise(x, row, weight, eps, y):  # type: ignore[no-untyped-def]
+    K = len(weight)
+    squares = np.float32(0)
+    for k in range(K):
+        squares += x[row, k] * x[row, k]
+    factor = np.float32(1.0 / math.sqrt(squares / K + eps))
+    for k in range(K):
+        y[row, k] = x[row, k] * factor * weight[k]
+
+
+@njit(parallel=True, cache=True, boundscheck=False)
+def _normalise_rows(x: Array, weight: Array, eps: float, y: Array) -> None:
+    if len(x) < MANY:
+        for r in range(len(x)):
+            _normalise(x, r, weight, eps, y)
+    else:
+        for r in prange(len(x)):
+            _normalise(x, r, weight, eps, y)
+
+
+@writes_ir
+def quantize_block(_typing, x, at, passes, unit, bias, codes, scales, starts, block):  # type: ignore[no-untyped-def]
+    """Quantise the 32 numbers of x from element `at` on: the block-th block of codes, scales and starts.
+
+    x float32. passes: 1 for codes of one byte, 2 for two, high bytes before low ones. A scale is multiplied
+    by `unit`; a start is -bias times the sum of the block's codes. NaN and infinities end up in the scale,
+    and so in every result.
+    """
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        arrays = addresses(context, b, signature, args)
+        _, at, passes, unit, bias, _, _, _, block = args
+        source = moved(b, arrays[0], at, 4)
+        halves = [load(b, moved(b, source, 64 * half), _FLOATS) for half in range(2)]
+        magnitudes = [b.and_(b.bitcast(half, _INTS), splat(_INTS, 0x7FFFFFFF)) for half in halves]
+        larger = b.icmp_unsigned(">", *magnitudes)
+        largest = call(b, "llvm.vector.reduce.umax.v16i32", _I32, b.select(larger, *magnitudes))
+        span = b.bitcast(largest, _F32)
+        is_byte = b.icmp_signed("==", passes, ir.Constant(_I64, 1))
+        top = b.select(is_byte, ir.Constant(_F32, 127.0), ir.Constant(_F32, 32512.0))
+        is_zero = b.icmp_unsigned("<=", largest, ir.Constant(_I32, _SMALLEST))
+        inverse = spread(b, b.select(is_zero, ir.Constant(_F32, 0.0), b.fdiv(top, span)), _LANES)
+        rounded = []
+        for half in halves:
+            nearest = call(b, "llvm.rint.v16f32", _FLOATS, b.fmul(half, inverse))
+            rounded.append(call(b, "llvm.fptosi.sat.v16i32.v16f32", _INTS, nearest))
+        place = moved(b, arrays[5], b.mul(block, passes), BLOCK)
+        total = cgutils.alloca_once(b, _I32)
+        with b.if_else(is_byte) as (one, two):
+            with one:
+                for i, code in enumerate(rounded):
+                    store(b, b.trunc(code, _BYTES), moved(b, place, _LANES * i))
+                b.store(_sum(b, rounded), total)
+            with two:
+                codes = []
+                for i, code in enumerate(rounded):
+                    high = b.ashr(b.add(code, splat(_INTS, 128)), splat(_INTS, 8))
+                    above = b.shl(high, splat(_INTS, 8))
+                    low = b.sub(code, above)
+                    least = splat(_INTS, -127)  # -128 has no opposite
+                    low = b.select(b.icmp_signed("<", low, least), least, low)
+                    store(b, b.trunc(high, _BYTES), moved(b, place, _LANES * i))
+                    store(b, b.trunc(low, _BYTES), moved(b, place, BLOCK + _LANES * i))
+                    codes.append(b.add(above, low))
+                b.store(_sum(b, codes), total)
+        scale = b.fmul(b.fdiv(span, top), b.fptrunc(unit, _F32))
+        store(b, scale, moved(b, arrays[6], block, 4))
+        start = b.mul(b.neg(b.trunc(bias, _I32)), b.load(total))
+        store(b, start, moved(b, arrays[7], block, 4))
+        return context.get_dummy_value()
+
+    integer = types.int64
+    kinds = x, integer, integer, types.float64, integer, codes, scales, starts, integer
+    return types.void(*kinds), generate
+
+
+def _sum(b: ir.IRBuilder, pair: list[Any]) -> Any:
+    return call(b, "llvm.vector.reduce.add.v16i32", _I32, b.add(*pair))
+
+
+@njit(boundscheck=False)
+def quantize(
+    x: Array, row: int, passes: int, unit: float, bias: int, codes: Array, scales: Array, starts: Array,
+    place: int, room: int,
+) -> None:  # fmt: skip
+    """Quantise x[row], float32 (K,), into its place in a chunk; see `quantize_block`.
+
+    codes int8, scales float32 and starts int32 are flat. The row's first block is the one at `place` among
+    all blocks of all rows, the next lies `room` further.
+    """
+    K = x.shape[1]
+    for b in range(K // BLOCK):
+        quantize_block(x, row * K + b * BLOCK, passes, unit, bias, codes, scales, starts, place + b * room)
+
+
+@njit(boundscheck=False)
+def room_for(rows: int, wide: int) -> int:
+    """How many rows the smallest tile takes that takes so many: 1, 4 or `wide`."""
+    if rows == 1:
+        return 1
+    return min(4, wide) if rows <= 4 else wide
+
+
+@njit(boundscheck=False)
+def _quantize_chunk(x, first, wide, passes, unit, bias, codes, scales, starts):  # type: ignore[no-untyped-def]
+    rows = min(wide, len(x) - first)
+    room, place = room_for(rows, wide), first * (x.shape[1] // BLOCK)
+    for t in range(rows):
+        quantize(x, first + t, passes, unit, bias, codes, scales, starts, place + t, room)
+
+
+@njit(parallel=True, cache=True, boundscheck=False)
+def _quantize_rows(
+    x: Array, wide: int, passes: int, unit: float, bias: int, codes: Array, scales: Array, starts: Array
+) -> None:
+    chunks = (len(x) + wide - 1) // wide
+    if len(x) < MANY:
+        for c in range(chunks):
+            _quantize_chunk(x, c * wide, wide, passes, unit, bias, codes, scales, starts)
+    else:
+        for c in prange(chunks):
+            _quantize_chunk(x, c * wide, wide, passes, unit, bias, codes, scales, starts)
