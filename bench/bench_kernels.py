@@ -88,7 +88,7 @@ def bench_linear_dense(
 
     def run() -> None:
         for bits in copies:
-            linear(bits, groups, starts, x, NOTHING, NO_ROWS, y)
+            linear(bits, groups, starts, x, NOTHING, NO_ROWS, y, 0)
 
     report.run(run, rounds=9 if tokens < 512 else 3)
     assert_close(y, x @ weight.astype(np.float32).T, "accurate")

@@ -212,14 +212,14 @@ def test_dense_products_of_groups_are_those_of_each_row_alone(dtype: Any) -> Non
     groups, starts = np.array([2, 0], np.int32), np.array([0, 1, 40], np.int32)
     added, residual = normal(37), normal(40, 37)
     y, linear = np.empty((40, 37), np.float32), linear_dense(HOST, name)
-    linear(weight.view(bits), groups, starts, x, added, residual, y)
+    linear(weight.view(bits), groups, starts, x, added, residual, y, 0)
     exact = weight.astype(np.float64)
     for r in range(40):
         want = exact[2 if r == 0 else 0] @ x[r].astype(np.float64) + added + residual[r]
         np.testing.assert_allclose(y[r], want, rtol=0, atol=1e-5)
     one, again = np.array([0, 1], np.int32), np.empty((1, 37), np.float32)
     for r in (1, 7, 39):
-        linear(weight.view(bits), groups[1:], one, x[r : r + 1], added, residual[r : r + 1], again)
+        linear(weight.view(bits), groups[1:], one, x[r : r + 1], added, residual[r : r + 1], again, 0)
         np.testing.assert_array_equal(again[0], y[r])
 
 

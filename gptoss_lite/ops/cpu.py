@@ -103,6 +103,8 @@ class CPUOps(Ops):
         """See Ops.prepare_stacked; quantised parts are put in place one by one."""
         if cpu_weights.can_be_stacked(parts):
             return cpu_weights.stacked(parts, self.threads)  # type: ignore[arg-type]
+        if self._dense is None and not any(isinstance(part, QTensor) for part in parts):
+            return tuple(self.prepare(part, use) for part in parts)  # mapped where they are
         return super().prepare_stacked(parts, use)
 
     def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
@@ -198,15 +200,19 @@ class CPUOps(Ops):
     def _linear(self, x: Array, w: Linear, residual: Array = _NO_ROWS) -> Array:
         """Compute residual + x @ weight.T + bias, x float32 (R, K)."""
         weight, added = w.weight, _NOTHING if w.bias is None else w.bias
-        y = np.empty((len(x), weight.rows if isinstance(weight, Tiles) else len(weight)), np.float32)
+        parts: tuple[Any, ...] = weight if isinstance(weight, tuple) else (weight,)
+        rows = [part.rows if isinstance(part, Tiles) else len(part) for part in parts]
+        y = np.empty((len(x), sum(rows)), np.float32)
         if not len(x):  # no row's logits are wanted: spare the reading of the weights
             return y
         if isinstance(weight, Tiles):
             self._product(weight, weight.records, x, added, residual, y)
-        else:
-            one_group, all_rows = np.zeros(1, np.int32), np.array([0, len(x)], np.int32)
-            linear = linear_dense(self._isa, cpu_weights.name_of(weight))
-            linear(weight[None], one_group, all_rows, x, added, residual, y)
+            return y
+        one_group, all_rows, column = np.zeros(1, np.int32), np.array([0, len(x)], np.int32), 0
+        for part, count in zip(parts, rows, strict=True):
+            linear = linear_dense(self._isa, cpu_weights.name_of(part))
+            linear(part[None], one_group, all_rows, x, added, residual, y, column)
+            column += count
         return y
 
     def _grouped(self, x: Array, weight: Any, groups: Array, starts: Array) -> Array:
@@ -218,7 +224,7 @@ class CPUOps(Ops):
                 self._product(weight, weight.records[group], x[start:end], _NOTHING, _NO_ROWS, y[start:end])
         else:
             linear = linear_dense(self._isa, cpu_weights.name_of(weight))
-            linear(weight, groups, starts, x, _NOTHING, _NO_ROWS, y)
+            linear(weight, groups, starts, x, _NOTHING, _NO_ROWS, y, 0)
         return y
 
     def _product(self, w: Tiles, record: Array, x: Array, added: Array, residual: Array, y: Array) -> None:

@@ -71,6 +71,7 @@ _pack, _read = arguments(
 )
 
 
+@cache
 def takes_bf16(kind: isa.ISA) -> bool:
     """Whether a CPU multiplies pairs of bf16, so that bf16 queries make attention cheaper."""
     return kind.name == "avx512" and "avx512bf16" in isa.features() and llvm.llvm_version_info[0] > 15

@@ -20,10 +20,10 @@ _CACHED_ROWS = 16  # rows of float32 activations that stay in the second-level c
 
 
 @njit(boundscheck=False)
-def _write(out, added, residual, first, rows, column, y):  # type: ignore[no-untyped-def]
+def _write(out, added, residual, first, rows, column, columns, y):  # type: ignore[no-untyped-def]
     """Write a tile's results to y, with what is added to them."""
     for t in range(rows):
-        for i in range(min(out.shape[1], y.shape[1] - column)):
+        for i in range(columns):
             value = out[t, i]
             if len(added):
                 value += added[column + i]
@@ -64,7 +64,8 @@ def linear_packed(kind: isa.ISA, format: str, activations: str) -> Callable[...,
                         code_bytes + index * tile_scales, is_fp16, codes, scales, starts, row, out, 0,
                         groups, group_blocks,
                     )  # fmt: skip
-                    _write(out, added, residual, row, rows, index * ROWS, y)
+                    columns = min(ROWS, y.shape[1] - index * ROWS)
+                    _write(out, added, residual, row, rows, index * ROWS, columns, y)
 
     return linear
 
@@ -75,11 +76,12 @@ def linear_dense(kind: isa.ISA, format: str) -> Callable[..., None]:
     key, wide = isa.key(kind.name, format), dense_tokens(kind)
 
     @njit(parallel=True, cache=True, boundscheck=False)
-    def linear(weight, groups, starts, x, added, residual, y):  # type: ignore[no-untyped-def]
+    def linear(weight, groups, starts, x, added, residual, y, column):  # type: ignore[no-untyped-def]
         """Write y[r] = weight[groups[g]] @ x[r] + added + residual[r] for r in starts[g]:starts[g + 1].
 
-        weight (E, N, K) holding the bits of bf16 as uint16 or of float32 as uint32, groups int32 (G,),
-        starts int32 (G + 1,), x float32 (R, K). The others as in the product with packed weights.
+        The results are columns of y, and of what is added, from `column` on. weight (E, N, K) holding the
+        bits of bf16 as uint16 or of float32 as uint32, groups int32 (G,), starts int32 (G + 1,), x float32
+        (R, K). The others as in the product with packed weights.
         """
         N, K = weight.shape[1:]
         tasks = (N + _DENSE_SPAN - 1) // _DENSE_SPAN
@@ -92,7 +94,8 @@ def linear_dense(kind: isa.ISA, format: str) -> Callable[..., None]:
                     at = (groups[group] * N + n) * K
                     for r in range(begin, end, wide):
                         count = min(wide, end - r)
-                        dense_tile(key, weight, at, min(DENSE_ROWS, N - n), x, r, count, out)
-                        _write(out, added, residual, r, count, n, y)
+                        rows = min(DENSE_ROWS, N - n)
+                        dense_tile(key, weight, at, rows, x, r, count, out)
+                        _write(out, added, residual, r, count, column + n, rows, y)
 
     return linear
