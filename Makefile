@@ -27,8 +27,9 @@ test: dev
 soak: dev  ## The tests that take minutes.
 	$(BIN)/pytest -m soak
 
-bench: dev  ## Kernel timings, each with its answer checked.
-	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func
+bench: dev  ## Kernels and steps, timed and checked, as shares of yardsticks beside stored ones. BENCH_OPTIONS="-k experts"
+	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func \
+	  --benchmark-json=.benchmarks/latest.json $(BENCH_OPTIONS)
 
 gpu:  ## Check and time the CUDA path on this machine's GPU; installs nothing. GPU_OPTIONS="--out DIR --quick"
 	@$(PYTHON) -m bench.gpu $(GPU_OPTIONS)

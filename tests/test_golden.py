@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gptoss_lite.batch import Batch
 from gptoss_lite.checkpoint import open_checkpoint
+from gptoss_lite.kernels.cpu import isa
 from gptoss_lite.kernels.emulator.runtime import Emulator, Order
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
@@ -57,6 +58,32 @@ def test_cpu_is_within_bf16_keys_and_values_of_transformers(network: list[Path],
         worst = {key: max(error, worst.get(key, 0.0)) for key, error in errors.items()}
     # A router near-tie that flips shows as one row above 0.1; a wrong window or sink shows as many.
     assert np.mean(np.array(list(worst.values())) > 0.1) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("activations", "dense", "bound"),
+    [("int8", None, 3e-2), ("accurate", "int8", 3e-2), ("int8", "int8", 5e-2)],
+)
+def test_eight_bits_cost_what_they_must(
+    network: list[Path], golden: Golden, activations: str, dense: str | None, bound: float
+) -> None:
+    packed = next(path for path in network if path.name == "mxfp4")
+    model = GptOss(open_checkpoint(packed), get_ops("cpu", activations=activations, dense=dense))
+    errors = list(row_errors(model, short(golden(packed))).values())
+    assert 1e-3 < np.median(errors) <= bound
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", isa.usable()[1:])
+def test_every_kind_of_cpu_gives_the_same_logits(
+    network: list[Path], golden: Golden, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = next(path for path in network if path.name == "mxfp4")
+    tokens = golden(packed)["tokens_129"].tolist()
+    want = GptOss(open_checkpoint(packed), get_ops("cpu")).logits(tokens)
+    monkeypatch.setenv(isa.VARIABLE, kind)
+    got = GptOss(open_checkpoint(packed), get_ops("cpu")).logits(tokens)
+    assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)  # dense sums have other lanes
 
 
 def emulated(path: Path, order: Order = "forward") -> GptOss:

@@ -12,6 +12,7 @@ A row of activations meets the same operations in the same order in a tile of an
 the same bits.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat,
 ROWS = 16  # of a tile of packed weights
 DENSE_ROWS = 4
 BLOCK = 32  # columns that share a scale of the activations
-_AHEAD = 2048  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
+_AHEAD = 8192  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -120,27 +121,39 @@ class _PackedTile(_Writer):
     def add_block(
         self, sums: Sequence[Any], weights: Sequence[Any], scales: Any, x: Any, x_scales: Any, starts: Any
     ) -> None:
-        """Add to each token's sum the products of 32 columns; tokens take turns, so that none waits."""
-        b, tokens, together = self.b, range(self.tokens), self.isa.together
-        largest = 12 + self.isa.mxfp4_bias if self.format == "mxfp4" else 255
+        """Add to each token's sum the products of 32 columns."""
+        b, tokens = self.b, range(self.tokens)
         first_sums = [self.splat(self.load(self.at(starts, 4 * t), _I32)) for t in tokens]
-        totals = first_sums if self.passes == 1 else [ir.Constant(self.ints, None)] * self.tokens
-        for step in range(self.passes):
-            if step == 1:
-                eight = splat(self.ints, 8)
-                totals = [
-                    b.add(b.shl(high, eight), low) for high, low in zip(totals, first_sums, strict=True)
-                ]
-            for first in range(0, 8, together):
-                for t in tokens:
-                    place = (t * self.passes + step) * BLOCK + 4 * first
-                    fours = [self.load(self.at(x, place + 4 * i), _I32) for i in range(together)]
-                    xs = [b.bitcast(self.splat(four), self.bytes) for four in fours]
-                    totals[t] = self.isa.dot(b, totals[t], weights[first : first + together], xs, largest)
+        zeros, eight = [ir.Constant(self.ints, None)] * self.tokens, splat(self.ints, 8)
+        if self.passes == 1:
+            totals = self.add_products(first_sums, weights, x, 0)
+        elif self.tokens == 1:  # both passes at once: the one would wait for the other
+            high, low = self.add_products(zeros, weights, x, 0), self.add_products(first_sums, weights, x, 1)
+            totals = [b.add(b.shl(high[0], eight), low[0])]
+        else:  # in one set of registers
+            high = self.add_products(zeros, weights, x, 0)
+            so_far = [b.add(b.shl(one, eight), start) for one, start in zip(high, first_sums, strict=True)]
+            totals = self.add_products(so_far, weights, x, 1)
         for t in tokens:
             x_scale = self.splat(self.load(self.at(x_scales, 4 * t), _F32))
             scaled = b.fmul(b.sitofp(totals[t], self.floats), x_scale)
             b.store(self.multiply_add(scaled, scales, b.load(sums[t])), sums[t])
+
+    def add_products(self, totals: Sequence[Any], weights: Sequence[Any], x: Any, step: int) -> list[Any]:
+        """Add 32 columns of one pass to each token's total; tokens take turns, so that none waits."""
+        b, together = self.b, self.isa.together
+        largest = 12 + self.isa.mxfp4_bias if self.format == "mxfp4" else 255
+        chains = 2 if self.tokens == 1 and together == 1 else 1
+        sums = [[total, *[ir.Constant(self.ints, None)] * (chains - 1)] for total in totals]
+        for first in range(0, 8, together):
+            for t in range(self.tokens):
+                place = (t * self.passes + step) * BLOCK + 4 * first
+                fours = [self.load(self.at(x, place + 4 * i), _I32) for i in range(together)]
+                xs = [b.bitcast(self.splat(four), self.bytes) for four in fours]
+                chain = first % chains
+                some = weights[first : first + together]
+                sums[t][chain] = self.isa.dot(b, sums[t][chain], some, xs, largest)
+        return [functools.reduce(b.add, chain) for chain in sums]
 
     def write(
         self, codes: Any, scales: Any, is_fp16: Any, x: Any, x_scales: Any, starts: Any, y: Any,
