@@ -91,7 +91,7 @@ def bench_attention_decode_sliding(report: Report) -> None:
 def bench_attention_prefill(report: Report, length: int, queries: str) -> None:
     """A prompt, 512 tokens at a time."""
     layer = Layer(length, 1, queries, last=length)
-    report.run(lambda: layer.run(FULL), rounds=9 if length > STEP else 15)
+    report.run(lambda: layer.run(FULL), rounds=5 if length > STEP else 15)
     layer.check(FULL)
     report.share("multiply-add", layer.products(FULL))
 

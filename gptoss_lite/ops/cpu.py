@@ -65,6 +65,9 @@ class CPUOps(Ops):
         self.activations = activations
         self._dense = dense
         self._isa = isa.host()
+        # Eight bits are less than bf16 has, in which queries are multiplied faster where the CPU can.
+        is_bf16 = activations == "int8" and attention.takes_bf16(self._isa)
+        self._query_dtype = np.uint16 if is_bf16 else np.float32
 
     @property
     def host_threads(self) -> int:
@@ -123,7 +126,7 @@ class CPUOps(Ops):
         keys, values = cache.keys[layer], cache.values[layer]
         Hk, _, D = keys.shape[1:]
         projected = self._linear(rms_norm(x, norm.weight, norm.eps), w)
-        q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), np.float32)
+        q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), self._query_dtype)
         cos, sin = rotation
         attention.rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
         return q
@@ -133,7 +136,7 @@ class CPUOps(Ops):
         window: int | None,
     ) -> Array:  # fmt: skip
         """See Ops.attention."""
-        out = np.empty_like(q)
+        out = np.empty(q.shape, np.float32)
         attention.attention(
             q, cache.keys[layer], cache.values[layer], table, batch.sequence, batch.positions, sinks,
             window or _NO_WINDOW, q.shape[2] ** -0.5, out,

@@ -153,9 +153,9 @@ def quantize(
 
 @njit(boundscheck=False)
 def room_for(rows: int, wide: int) -> int:
-    """How many rows the smallest tile takes that takes so many: 1, 4 or `wide`."""
-    if rows == 1:
-        return 1
+    """How many rows the smallest tile takes that takes so many: 1, 2, 4 or `wide`."""
+    if rows <= 2:
+        return rows
     return min(4, wide) if rows <= 4 else wide
 
 

@@ -123,7 +123,7 @@ def _aligned(*shapes: tuple[int, ...]) -> list[Array]:
     return arrays
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _run(work, threads, operands):  # type: ignore[no-untyped-def]
     address = _pack(operands)
     if threads == 1:
@@ -133,7 +133,7 @@ def _run(work, threads, operands):  # type: ignore[no-untyped-def]
             call(work, address)
 
 
-@njit(cache=True, boundscheck=False)
+@njit(cache=True, boundscheck=False, error_model="numpy")
 def _plan(sequence, positions, window, Hk, threads, tiles):  # type: ignore[no-untyped-def]
     """Cut the batch into tiles, last tokens first, for they see most -> how many tasks, and states to keep.
 

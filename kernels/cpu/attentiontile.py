@@ -30,6 +30,7 @@ from gptoss_lite.kernels.cpu.steps import (
     Elements,
     Writer,
     i64,
+    of_each_quad,
     quads,
     same_float,
     same_word,
@@ -53,19 +54,6 @@ _ALL_ROWS = range(ROWS)
 def vectors(chunks: int) -> int:
     """How many vectors the state of an octet has, for so many times 32 dimensions."""
     return 1 + ROWS + chunks * ROWS * 2
-
-
-class _Bf16Pairs(ir.Type):  # type: ignore[misc]
-    """What `vdpbf16ps` takes, a type that llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "<32 x bfloat>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bf16Pairs)
-
-    def __hash__(self) -> int:
-        return hash(_Bf16Pairs)
 
 
 class _Writer(Writer):
@@ -93,36 +81,6 @@ class _Writer(Writer):
         p = b.bitcast(b.add(b.bitcast(p, INTS), exponent), FLOATS)
         return b.select(b.fcmp_ordered("<", x, same_float(_SMALLEST)), same_float(0.0), p)
 
-    def halves(self, pairs: Any) -> tuple[Any, Any]:
-        """Split pairs of bf16 into the lower and the upper, as float32."""
-        lower = self.b.shl(pairs, same_word(16))
-        upper = self.b.and_(pairs, same_word(0xFFFF0000))
-        return self.b.bitcast(lower, FLOATS), self.b.bitcast(upper, FLOATS)
-
-    def add_pairs(self, total: Any, x: Any, y: Any) -> Any:
-        """Add to each lane the products of its pairs of bf16."""
-        pairs = (self.b.bitcast(operand, _Bf16Pairs()) for operand in (x, y))
-        return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, *pairs)
-
-    def across(self, rows: Sequence[Any], join: Callable[[Any, Any], Any]) -> Any:
-        """Join the lanes of each of eight vectors; row r's result is in lanes r and 8 + r."""
-
-        def halve(rows: Sequence[Any], lanes: Sequence[int], others: Sequence[int]) -> list[Any]:
-            pairs = zip(rows[::2], rows[1::2], strict=True)
-            return [join(self.shuffle(x, y, lanes), self.shuffle(x, y, others)) for x, y in pairs]
-
-        eights = halve(rows, quads(0, 1, 4, 5), quads(2, 3, 6, 7))
-        fours = halve(eights, quads(0, 2, 4, 6), quads(1, 3, 5, 7))
-        first = _of_each_quad(0, 1, LANES, LANES + 1)
-        (twos,) = halve(fours, first, [lane + 2 for lane in first])
-        ones = join(twos, self.shuffle(twos, twos, [lane ^ 1 for lane in range(LANES)]))
-        return self.shuffle(ones, ones, [0, 4, 8, 12, 2, 6, 10, 14] * 2)
-
-
-def _of_each_quad(*lanes: int) -> list[int]:
-    """List the same lanes of each group of four."""
-    return [lane + 4 * quad for quad in range(4) for lane in lanes]
-
 
 _SCORES, _PLACES = (None, ROWS + 1, PART), (None, 8, PART // BLOCK)
 _PAIRS, _STATES = (None, None, LANES), (None, None, LANES)
@@ -147,8 +105,8 @@ def transpose(w: _Writer, keys: Elements, block: Any, head: Any, pairs: Elements
         column = w.times(loop.index, CHUNK)
         rows = [w.load(keys.at(block, head, j, column), INTS) for j in range(BLOCK)]
         # First 4 x 4 words within each four keys, then the squares as wholes.
-        rows = swap(rows, 1, _of_each_quad(0, LANES, 1, LANES + 1), _of_each_quad(2, LANES + 2, 3, LANES + 3))
-        rows = swap(rows, 2, _of_each_quad(0, 1, LANES, LANES + 1), _of_each_quad(2, 3, LANES + 2, LANES + 3))
+        rows = swap(rows, 1, of_each_quad(0, LANES, 1, LANES + 1), of_each_quad(2, LANES + 2, 3, LANES + 3))
+        rows = swap(rows, 2, of_each_quad(0, 1, LANES, LANES + 1), of_each_quad(2, 3, LANES + 2, LANES + 3))
         for distance in (4, 8):
             rows = swap(rows, distance, quads(0, 2, 4, 6), quads(1, 3, 5, 7))
         for i in range(LANES):

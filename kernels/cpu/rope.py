@@ -47,7 +47,7 @@ def rotate_and_append(
     _run(_make_rotate().address, threads, operands)
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _run(work, threads, operands):  # type: ignore[no-untyped-def]
     place = _pack(operands)
     if threads == 1:

@@ -21,6 +21,19 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
+class _Bf16Pairs(ir.Type):  # type: ignore[misc]
+    """What `vdpbf16ps` takes, a type that llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "<32 x bfloat>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bf16Pairs)
+
+    def __hash__(self) -> int:
+        return hash(_Bf16Pairs)
+
+
 class Elements:
     """An array argument of a step, C-contiguous; the length of its first axis is of no interest."""
 
@@ -109,6 +122,31 @@ class Writer:
         """Give the larger of two floats in each lane, and NaN where y is."""
         return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
 
+    def halves(self, pairs: Any) -> tuple[Any, Any]:
+        """Split pairs of bf16 into the lower and the upper, as float32."""
+        lower = self.b.shl(pairs, same_word(16))
+        upper = self.b.and_(pairs, same_word(0xFFFF0000))
+        return self.b.bitcast(lower, FLOATS), self.b.bitcast(upper, FLOATS)
+
+    def add_pairs(self, total: Any, x: Any, y: Any) -> Any:
+        """Add to each lane the products of its pairs of bf16."""
+        pairs = (self.b.bitcast(operand, _Bf16Pairs()) for operand in (x, y))
+        return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, *pairs)
+
+    def across(self, rows: Sequence[Any], join: Callable[[Any, Any], Any]) -> Any:
+        """Join the lanes of each of eight vectors; row r's result is in lanes r and 8 + r."""
+
+        def halve(rows: Sequence[Any], lanes: Sequence[int], others: Sequence[int]) -> list[Any]:
+            pairs = zip(rows[::2], rows[1::2], strict=True)
+            return [join(self.shuffle(x, y, lanes), self.shuffle(x, y, others)) for x, y in pairs]
+
+        eights = halve(rows, quads(0, 1, 4, 5), quads(2, 3, 6, 7))
+        fours = halve(eights, quads(0, 2, 4, 6), quads(1, 3, 5, 7))
+        first = of_each_quad(0, 1, LANES, LANES + 1)
+        (twos,) = halve(fours, first, [lane + 2 for lane in first])
+        ones = join(twos, self.shuffle(twos, twos, [lane ^ 1 for lane in range(LANES)]))
+        return self.shuffle(ones, ones, [0, 4, 8, 12, 2, 6, 10, 14] * 2)
+
     def ask_for(self, pointer: Any) -> None:
         """Have a cache line fetched."""
         place = self.b.bitcast(pointer, I8.as_pointer())
@@ -194,3 +232,8 @@ def same_word(value: int) -> Any:
 def quads(*indices: int) -> list[int]:
     """List the lanes of these groups of four."""
     return [4 * index + i for index in indices for i in range(4)]
+
+
+def of_each_quad(*lanes: int) -> list[int]:
+    """List the same lanes of each group of four."""
+    return [lane + 4 * quad for quad in range(4) for lane in lanes]

@@ -143,7 +143,7 @@ class _PackedTile(_Writer):
         """Add 32 columns of one pass to each token's total; tokens take turns, so that none waits."""
         b, together = self.b, self.isa.together
         largest = 12 + self.isa.mxfp4_bias if self.format == "mxfp4" else 255
-        chains = 2 if self.tokens == 1 and together == 1 else 1
+        chains = 2 if self.tokens <= 2 and together == 1 else 1
         sums = [[total, *[ir.Constant(self.ints, None)] * (chains - 1)] for total in totals]
         for first in range(0, 8, together):
             for t in range(self.tokens):
@@ -277,10 +277,10 @@ def tile(  # type: ignore[no-untyped-def]
     """Write y[t, r] = weights[r] @ x[t] for 16 rows of packed weights and a chunk of activations.
 
     key: "isa/mxfp4 or int8/accurate or int8/mark", see isa.key. room: how many tokens the chunk has room for,
-    all of which are computed: 1, 4 or the ISA's. weights: uint8, in which the tile's codes begin at codes_at,
-    uint8 (K/32, 4, 16, 4) of MXFP4 or int8 (K/4, 16, 4), and its scales at scales_at: (groups, 16) of E8M0,
-    or the bits of fp16 if is_fp16, else of bf16, each of group_blocks * 32 columns. x, x_scales, starts: the
-    chunk begins at `slot`, see `activations`. y float32, (room, 16) from y_at on.
+    all of which are computed: 1, 2, 4 or the ISA's. weights: uint8, in which the tile's codes begin at
+    codes_at, uint8 (K/32, 4, 16, 4) of MXFP4 or int8 (K/4, 16, 4), and its scales at scales_at: (groups, 16)
+    of E8M0, or the bits of fp16 if is_fp16, else of bf16, each of group_blocks * 32 columns.
+    x, x_scales, starts: the chunk begins at `slot`, see `activations`. y float32, (room, 16) from y_at on.
     """
     spelt = key.literal_value
 
@@ -295,7 +295,7 @@ def tile(  # type: ignore[no-untyped-def]
             w.at(arrays[6], block, w.passes * BLOCK), w.at(arrays[7], block, 4), w.at(arrays[8], block, 4),
             w.at(arrays[10], y_at, 4), groups, group_blocks,
         )  # fmt: skip
-        for tokens in sorted({1, 4, w.isa.tokens}):
+        for tokens in sorted({1, 2, 4, w.isa.tokens}):
             with builder.if_then(builder.icmp_signed("==", room, ir.Constant(_I64, tokens))):
                 _PackedTile(builder, spelt, tokens).write(*operands)
         return context.get_dummy_value()
