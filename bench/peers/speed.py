@@ -9,8 +9,9 @@ exactly, experts in MXFP4 and all else but norms and routers in Q8_0, and writte
 for us. transformers: the bundled model, in bf16 for it and as it is for us.
 
 Each leg is a process of its own. It loads, warms up, reads a prompt of random tokens that it has not seen,
-and then gives tokens after each context, all of it computed; nothing is drawn. They take turns, A B A B, with
-a plain read of memory between them. Medians of all rounds and their ratios are printed.
+and then gives tokens after each context, all of it computed; nothing is drawn. Legs take turns, and each
+round begins with another; a plain read of memory comes between them. Medians of all rounds and their ratios
+are printed.
 """
 
 import argparse
@@ -180,7 +181,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         paths = write(options.peer, options.layers, Path(directory))
         for number in range(options.rounds):
-            for name, path in paths.items():
+            first = number % len(paths)  # a leg may suffer from the one before it
+            for name in [*list(paths)[first:], *list(paths)[:first]]:
                 command = [
                     sys.executable,
                     "-m",
@@ -189,7 +191,7 @@ def main() -> None:
                     "--contexts",
                     options.contexts,
                 ]
-                command += ["--leg", name, str(path), str(number)]
+                command += ["--leg", name, str(paths[name]), str(number)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 figures = {**json.loads(done.stdout.splitlines()[-1]), "read": yardstick.rate() / 1e9}
                 found.setdefault(name, []).append(figures)
