@@ -1,6 +1,7 @@
 """The CPU kernels for every kind of CPU that this host can be: exact sums, the same bits everywhere."""
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -59,6 +60,7 @@ def product_of(kind: isa.ISA, weight: QTensor, activations: str, x: Array) -> Ar
     return y
 
 
+@cache
 def tile_of(kind: isa.ISA, format: str, activations: str) -> Callable[..., None]:
     """Compile one tile by itself, which is quick."""
     key = isa.key(kind.name, format, activations)
@@ -223,9 +225,17 @@ def test_dense_products_of_groups_are_those_of_each_row_alone(dtype: Any) -> Non
         np.testing.assert_array_equal(again[0], y[r])
 
 
-@both_activations
 @pytest.mark.parametrize(
-    ("up", "down"), [(MXFP4(), MXFP4()), (Int8(96, "float16"), Int8(None)), (MXFP4(), Int8())], ids=str
+    ("up", "down", "activations"),
+    [
+        (MXFP4(), MXFP4(), "accurate"),
+        (MXFP4(), Int8(), "int8"),
+        pytest.param(MXFP4(), MXFP4(), "int8", marks=pytest.mark.soak),
+        pytest.param(MXFP4(), Int8(), "accurate", marks=pytest.mark.soak),
+        pytest.param(Int8(96, "float16"), Int8(None), "accurate", marks=pytest.mark.soak),
+        pytest.param(Int8(96, "float16"), Int8(None), "int8", marks=pytest.mark.soak),
+    ],
+    ids=str,
 )
 def test_experts_are_those_of_the_specification(up: Format, down: Format, activations: str) -> None:
     E, hidden, inner, k, T = 6, 96, 64, 3, 40
@@ -304,7 +314,9 @@ def test_features_are_what_numba_compiles_for(monkeypatch: pytest.MonkeyPatch) -
             "+avx512f,+avx512bw,+avx512vnni,+fma",
             ("vpdpbusd", "{1to16}"),
         ),
-        ("generic", "riscv64-unknown-linux-gnu", "+m,+f,+d", ("mul", "fmul.s")),
+        pytest.param(
+            "generic", "riscv64-unknown-linux-gnu", "+m,+f,+d", ("mul", "fmul.s"), marks=pytest.mark.soak
+        ),
     ],
 )
 @both_activations

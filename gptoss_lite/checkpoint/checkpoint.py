@@ -66,15 +66,15 @@ class Checkpoint:
         """
         return self._weight(name).tensor()
 
-    def verify(self, name: str, threads: int = 1, note: Note = ignore) -> None:
+    def verify(self, name: str, threads: int | None = None, note: Note = ignore) -> None:
         """Read one tensor through and refuse what no model may hold; call it once, before first use.
 
-        threads: that share the work. note: told on the way, on the caller's thread, how many bytes more are
-        done, in all those that the tensor has on disk.
+        threads: that share the work, by default one a core. note: told on the way, on the caller's thread,
+        how many bytes more are done, in all those that the tensor has on disk.
         Raises CheckpointError naming file, tensor and position on NaN, infinity, and a scale that is NaN or
         takes a value of its block beyond float32; and on a wrong checksum in a file that this package wrote.
         """
-        self._weight(name).verify(threads, note)
+        self._weight(name).verify(threads or os.cpu_count() or 1, note)
 
     def _weight(self, name: str) -> Weight:
         if name not in self.weights:

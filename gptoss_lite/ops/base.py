@@ -1,7 +1,6 @@
 """The specification: each step of gpt-oss in plain float32 array code; backends override what is hot."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,11 +67,6 @@ class Ops:
     name: str = "reference"
     cache_dtype: ClassVar[Any] = np.float32
     step_tokens: ClassVar[int] = 512  # computed at a time: bounds what a long prompt needs besides its cache
-
-    @property
-    def host_threads(self) -> int:
-        """How many threads read and check a checkpoint."""
-        return os.cpu_count() or 1
 
     @contextmanager
     def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> "Iterator[Plan | None]":

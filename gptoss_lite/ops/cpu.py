@@ -69,11 +69,6 @@ class CPUOps(Ops):
         is_bf16 = activations == "int8" and attention.takes_bf16(self._isa)
         self._query_dtype = np.uint16 if is_bf16 else np.float32
 
-    @property
-    def host_threads(self) -> int:
-        """See Ops.host_threads."""
-        return self.threads
-
     @contextmanager
     def _threads(self) -> Iterator[None]:
         """Hold Numba's thread pool, at this backend's number of threads."""

@@ -21,6 +21,7 @@ from gptoss_lite.kernels.cpu import Array, isa
 from gptoss_lite.kernels.cpu.attentiontile import (
     BLOCK,
     CHUNK,
+    LINE,
     PART,
     ROWS,
     accumulate,
@@ -42,7 +43,6 @@ __all__ = ["attention", "rotate_and_append", "takes_bf16"]
 SEGMENT = 1024
 TILE = 16  # tokens that share the work of transposing keys
 _BLOCKS = PART // BLOCK
-_LINE = 64  # bytes
 _LOG2E = 1.4426950408889634
 # Of a tile: its tokens, the first of its segments and how many of them are tasks of their own, key heads in a
 # task, its first task, and the first of the states that it keeps to be merged.
@@ -65,7 +65,7 @@ _pack, _read = arguments(
     # What follows is each thread's own.
     array(types.uint32, 3),  # pairs of dimensions of a part's keys, four blocks
     array(types.float32, 3),  # scores, and in a ninth row what sums are shrunk by
-    array(types.int64, 3),  # where the part's blocks are, and those needed soon
+    array(types.int64, 3),  # where the part's blocks are, and what to ask for
     array(types.uint16, 4),  # padded keys and values, four blocks each, where D is not a multiple of 32
     array(types.float32, 3),  # rows of results
 )
@@ -115,8 +115,8 @@ def attention(
 def _aligned(*shapes: tuple[int, ...]) -> list[Array]:
     """Make arrays of float32 that begin with a cache line and fill whole ones."""
     sizes = [math.prod(shape) for shape in shapes]
-    room = np.empty(sum(sizes) + _LINE // 4, np.float32)
-    start, arrays = -room.ctypes.data % _LINE // 4, []
+    room = np.empty(sum(sizes) + LINE // 4, np.float32)
+    start, arrays = -room.ctypes.data % LINE // 4, []
     for shape, size in zip(shapes, sizes, strict=True):
         arrays.append(room[start : start + size].reshape(shape))
         start += size
@@ -167,6 +167,29 @@ def _plan(sequence, positions, window, Hk, threads, tiles):  # type: ignore[no-u
     return task, kept
 
 
+@njit(boundscheck=False, error_model="numpy")
+def _look_ahead(  # type: ignore[no-untyped-def]
+    places, worker, table, s, part, kv, first_head, end_head, lowest, highest
+):
+    """Write which keys and values to ask for while a part is computed with a key head.
+
+    Soon, places[worker, 1:3], a block and a head of each: those with the next head. Later, places[worker,
+    3:5]: a piece of the next part, in the order in which they lie in memory, so that all of it has been asked
+    for when the part is done with all heads.
+    """
+    heads = end_head - first_head
+    for i in range(_BLOCKS):
+        soon, soon_head = part // BLOCK + i, kv + 1
+        if soon_head == end_head:
+            soon, soon_head = soon + _BLOCKS, first_head
+        piece = (kv - first_head) * _BLOCKS + i
+        later = part // BLOCK + _BLOCKS + piece // heads
+        places[worker, 1, i] = table[s, max(lowest // BLOCK, min(soon, highest // BLOCK))]
+        places[worker, 2, i] = soon_head
+        places[worker, 3, i] = table[s, min(later, highest // BLOCK)]
+        places[worker, 4, i] = first_head + piece % heads
+
+
 @cache
 def _make_work(is_wide: bool, queries: str) -> Any:
     """Compile what each thread does; queries: "float32" or "bf16"."""
@@ -214,15 +237,11 @@ def _make_work(is_wide: bool, queries: str) -> Any:
                 for part in range(begin // PART * PART, end, PART):
                     first_block, last_block = max(part, begin) // BLOCK, (min(part + PART, end) - 1) // BLOCK
                     for kv in range(first_head, end_head):
-                        # Ask for what comes next: this part's next key head, which lies beside this one.
-                        soon_head, later = kv + 1, 0
-                        if soon_head == end_head:
-                            soon_head, later = first_head, _BLOCKS
+                        _look_ahead(places, worker, table, s, part, kv, first_head, end_head, lowest, highest)
                         v, head = values, kv
                         for b in range(first_block, last_block + 1):
                             block, i = np.int64(table[s, b]), b % _BLOCKS
                             places[worker, 0, i] = block
-                            places[worker, 1, i] = table[s, min(b + later, highest // BLOCK)]
                             if len(padded) == 0:
                                 transpose(key, keys, block, kv, pairs, worker * _BLOCKS + i)
                                 continue
@@ -242,12 +261,12 @@ def _make_work(is_wide: bool, queries: str) -> Any:
                                 if low < high:
                                     score(
                                         key, q, t, row, kv * G + G - 1, pairs, low, high, keys, places,
-                                        worker, soon_head, scores,
+                                        worker, scores,
                                     )  # fmt: skip
                                     weigh(key, scores, worker, factor, states, octet)
                                     accumulate(
-                                        key, v, places, worker, head, low, high, values, soon_head, scores,
-                                        states, octet,
+                                        key, v, places, worker, head, low, high, values, scores, states,
+                                        octet,
                                     )  # fmt: skip
                                 octet += 1
                 if segment > first_segment:

@@ -41,6 +41,7 @@ ROWS = 8
 BLOCK = 16  # positions in a block of the cache
 PART = 64  # keys that are weighed at once
 CHUNK = 32  # dimensions that are summed at once
+LINE = 64  # bytes of a cache line
 EMPTY = -np.inf  # the maximum of no scores
 
 # 2^x = 1 + x * (...) on [-1/2, 1/2], its largest relative error as small as it can be: 2e-9.
@@ -117,13 +118,13 @@ def transpose(w: _Writer, keys: Elements, block: Any, head: Any, pairs: Elements
 @step(_Writer, pairs=_PAIRS, places=_PLACES, scores=_SCORES)
 def score(
     w: _Writer, q: Elements, t: Any, head: Any, last: Any, pairs: Elements, low: Any, high: Any,
-    keys: Elements, places: Elements, worker: Any, soon_head: Any, scores: Elements,
+    keys: Elements, places: Elements, worker: Any, scores: Elements,
 ) -> None:  # fmt: skip
     """Write the scores of an octet's rows, the heads from `head` to `last` of token t, with a part's keys.
 
     q uint32: the bits of float32, or of bf16 two by two. pairs uint32 (.., .., 16): where `transpose` wrote
     them for this worker. scores float32 (workers, 9, 64): -inf outside low..high - 1, which are places in the
-    part. Meanwhile blocks soon, places[worker, 1], of keys are asked for.
+    part. Meanwhile the keys of places[worker, 1:5] are asked for, see attention._look_ahead.
     """
     b = w.b
     rows = [q.at(t, w.least(w.add(head, r), last)) for r in _ALL_ROWS]
@@ -136,7 +137,7 @@ def score(
         with b.if_else(is_seen) as (seen, unseen):
             with seen:
                 blocks = [w.add(first, i) for i in range(w.score_blocks)]
-                lines = [keys.at(b.load(places.at(worker, 1, block)), soon_head) for block in blocks]
+                asked = [_asked(w, keys, places, worker, block) for block in blocks]
                 own = [w.add(w.times(worker, PART // BLOCK), block) for block in blocks]
                 masks = [_between(w, b.sub(low, at), b.sub(high, at)) for at in keys_at]
                 for group in range(0, ROWS, w.score_rows):
@@ -144,8 +145,8 @@ def score(
                     sums = w.variables([same_float(0.0)] * (w.score_rows * w.score_blocks))
                     with w.loop(w.over(keys.length(3), 2)) as dimensions:
                         pair = dimensions.index
-                        for line in lines:
-                            w.ask_for(w.moved(line, w.times(pair, CHUNK)))
+                        for pointers in asked:
+                            _ask(w, pointers, pair)
                         words = [w.load(pairs.at(block, pair), INTS) for block in own]
                         place = pair if w.has_bf16_queries else w.times(pair, 2)
                         _add_pair(w, sums, [w.moved(rows[r], place) for r in some], words)
@@ -157,6 +158,20 @@ def score(
                 for r in _ALL_ROWS:
                     for at in keys_at:
                         w.store(same_float(EMPTY), scores.at(worker, r, at))
+
+
+def _asked(w: _Writer, array: Elements, places: Elements, worker: Any, i: Any) -> tuple[Any, Any]:
+    """Point at what to ask for beside block i: soon, and later."""
+    b = w.b
+    rows = [[b.load(places.at(worker, row + part, i)) for part in range(2)] for row in (1, 3)]
+    soon, later = (array.at(block, head) for block, head in rows)
+    return soon, later
+
+
+def _ask(w: _Writer, pointers: tuple[Any, Any], line: Any) -> None:
+    """Have a cache line fetched of each, for the first level and for the second."""
+    for pointer, level in zip(pointers, (1, 2), strict=True):
+        w.ask_for(w.moved(pointer, w.times(line, LINE // 2)), level)
 
 
 def _between(w: _Writer, low: Any, high: Any) -> Any:
@@ -226,13 +241,12 @@ def _tree(values: Sequence[Any], join: Callable[[Any, Any], Any]) -> Any:
 @step(_Writer, places=_PLACES, weights=_SCORES, states=_STATES)
 def accumulate(
     w: _Writer, values: Elements, places: Elements, worker: Any, head: Any, low: Any, high: Any,
-    ahead: Elements, soon_head: Any, weights: Elements, states: Elements, octet: Any,
+    ahead: Elements, weights: Elements, states: Elements, octet: Any,
 ) -> None:  # fmt: skip
     """Shrink an octet's sums, then add the values of keys low..high - 1 of a part, by their weights.
 
     values uint16 (blocks, heads, 16, D), D a multiple of 32; the part's blocks are places[worker, 0].
-    weights: see `weigh`. Meanwhile blocks soon, places[worker, 1], of `ahead`, uint16 of any D, are asked
-    for.
+    weights: see `weigh`. Meanwhile the values of places[worker, 1:5] are asked for in `ahead`, of any D.
     """
     b = w.b
     dim = values.length(3)
@@ -245,14 +259,14 @@ def accumulate(
             sums = w.variables([b.fmul(w.load(at), factors[i // 2]) for i, at in enumerate(vectors)])
             begin, end = w.over(low, BLOCK), w.over(w.add(high, BLOCK - 1), BLOCK)
             with w.loop(end, begin) as turn:
-                block, soon = (b.load(places.at(worker, i, turn.index)) for i in range(2))
+                block = b.load(places.at(worker, 0, turn.index))
                 origin = values.at(block, head, 0, w.times(chunk, CHUNK))
-                line = w.moved(ahead.at(soon, soon_head), w.times(chunk, BLOCK * CHUNK))
+                asked = _asked(w, ahead, places, worker, turn.index), w.times(chunk, BLOCK)
                 before = w.times(turn.index, BLOCK)
                 start, stop = w.most(b.sub(low, before), 0), w.least(b.sub(high, before), BLOCK)
                 rows = [weights.at(worker, r) for r in some]
                 add = _add_key_pairs if w.has_bf16_queries else _add_keys
-                add(w, sums, origin, dim, line, rows, before, start, stop)
+                add(w, sums, origin, dim, asked, rows, before, start, stop)
             for at, total in zip(vectors, sums, strict=True):
                 w.store(b.load(total), at)
 
@@ -263,14 +277,14 @@ def _sum(w: _Writer, chunk: Any, row: int, half: int) -> Any:
 
 
 def _add_keys(
-    w: _Writer, sums: Sequence[Any], origin: Any, dim: Any, line: Any, weights: Sequence[Any], before: Any,
+    w: _Writer, sums: Sequence[Any], origin: Any, dim: Any, asked: Any, weights: Sequence[Any], before: Any,
     start: Any, stop: Any,
 ) -> None:  # fmt: skip
     """Add the values of keys start..stop - 1 of a block, one by one, to sums of rows by halves."""
     b = w.b
     with w.loop(stop, start) as loop:
         j = loop.index
-        w.ask_for(w.moved(line, w.times(j, CHUNK)))
+        _ask(w, asked[0], w.add(asked[1], j))
         halves = w.halves(w.load(w.moved(origin, w.times(j, dim)), INTS))
         for r, row in enumerate(weights):
             weight = w.splat(b.load(w.moved(row, w.add(before, j))))
@@ -279,7 +293,7 @@ def _add_keys(
 
 
 def _add_key_pairs(
-    w: _Writer, sums: Sequence[Any], origin: Any, dim: Any, line: Any, weights: Sequence[Any], before: Any,
+    w: _Writer, sums: Sequence[Any], origin: Any, dim: Any, asked: Any, weights: Sequence[Any], before: Any,
     start: Any, stop: Any,
 ) -> None:  # fmt: skip
     """Add the values of keys start..stop - 1 of a block two by two.
@@ -293,7 +307,7 @@ def _add_key_pairs(
         first = w.times(loop.index, 2)
         keys = [w.add(first, i) for i in range(2)]
         for j in keys:
-            w.ask_for(w.moved(line, w.times(j, CHUNK)))
+            _ask(w, asked[0], w.add(asked[1], j))
         seen = w.most(keys[0], start), w.least(keys[1], b.sub(stop, i64(1)))
         one, other = (w.load(w.moved(origin, w.times(j, dim)), INTS) for j in seen)
         even = b.or_(b.and_(one, same_word(0xFFFF)), b.shl(other, sixteen))

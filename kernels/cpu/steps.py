@@ -147,11 +147,11 @@ class Writer:
         ones = join(twos, self.shuffle(twos, twos, [lane ^ 1 for lane in range(LANES)]))
         return self.shuffle(ones, ones, [0, 4, 8, 12, 2, 6, 10, 14] * 2)
 
-    def ask_for(self, pointer: Any) -> None:
-        """Have a cache line fetched."""
+    def ask_for(self, pointer: Any, level: int) -> None:
+        """Have a line fetched for the first or the second level of cache."""
         place = self.b.bitcast(pointer, I8.as_pointer())
-        read_keep_data = [ir.Constant(I32, flag) for flag in (0, 3, 1)]
-        self.call("llvm.prefetch.p0i8", ir.VoidType(), place, *read_keep_data)
+        read, locality, data = (ir.Constant(I32, flag) for flag in (0, 4 - level, 1))
+        self.call("llvm.prefetch.p0i8", ir.VoidType(), place, read, locality, data)
 
 
 def step(writer: type[Writer], **known: Sequence[int | None]) -> Callable[[Callable[..., None]], Any]:
