@@ -112,8 +112,9 @@ def test_an_estimate_scales_the_layers_and_keeps_the_rest(report: Report) -> Non
     assert (report.layers, report.whole_layers, len(rest)) == (2, 4, SMALL.repeat)
     bare_step = median(seconds for one in rest for seconds in one.decode.step_seconds)
     bare_prefill = median(one.prefill.seconds for one in rest)
-    assert bare_step < figures.step_seconds
-    assert math.isclose(estimate.step_seconds, bare_step + 2 * (figures.step_seconds - bare_step))
+    # A busy machine may have held up the smaller network more than the larger.
+    step = bare_step + 2 * max(0, figures.step_seconds - bare_step)
+    assert math.isclose(estimate.step_seconds, step)
     prefill = bare_prefill + 2 * max(0, figures.first_token_seconds - bare_prefill)
     assert math.isclose(estimate.first_token_seconds, prefill)
     assert math.isclose(estimate.prefill_tokens_per_s, SMALL.prompt_tokens / prefill)
