@@ -28,6 +28,7 @@ soak: dev  ## The tests that take minutes.
 	$(BIN)/pytest -m soak
 
 bench: dev  ## Kernels and steps, timed and checked, as shares of yardsticks beside stored ones. BENCH_OPTIONS="-k experts"
+	@mkdir -p .benchmarks
 	$(BIN)/pytest bench --benchmark-columns=min,median,max,rounds --benchmark-group-by=func \
 	  --benchmark-json=.benchmarks/latest.json $(BENCH_OPTIONS)
 

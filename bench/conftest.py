@@ -18,10 +18,10 @@ _SHARES = pytest.StashKey[Shares]()
 
 @pytest.fixture
 def report(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Report:
-    """Run this benchmark beside the yardsticks, on the threads that a model is run on."""
-    with get_ops("cpu")._threads():  # type: ignore[attr-defined]
-        shares = request.config.stash.setdefault(_SHARES, {})
-        return Report(benchmark, request.node.name.removeprefix("bench_"), shares)
+    """Run this benchmark beside the yardsticks, with threads that wait as they do for a model."""
+    get_ops("cpu")  # which says how they wait, before the first of them starts
+    shares = request.config.stash.setdefault(_SHARES, {})
+    return Report(benchmark, request.node.name.removeprefix("bench_"), shares)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

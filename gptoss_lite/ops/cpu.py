@@ -16,6 +16,7 @@ from gptoss_lite.kernels.cpu import attention, elementwise, isa, sampling
 from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
 from gptoss_lite.kernels.cpu.experts import experts_packed
 from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
+from gptoss_lite.kernels.cpu.rope import rotate_and_append
 from gptoss_lite.kernels.cpu.router import make_router
 from gptoss_lite.ops import cpu_weights
 from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use, floats, natural
@@ -123,7 +124,7 @@ class CPUOps(Ops):
         projected = self._linear(rms_norm(x, norm.weight, norm.eps), w)
         q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), self._query_dtype)
         cos, sin = rotation
-        attention.rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
+        rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
         return q
 
     def attention(

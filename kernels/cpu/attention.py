@@ -34,11 +34,8 @@ from gptoss_lite.kernels.cpu.attentiontile import (
     vectors,
     weigh,
 )
-from gptoss_lite.kernels.cpu.rope import rotate_and_append
 from gptoss_lite.kernels.cpu.steps import LANES
 from gptoss_lite.kernels.cpu.workers import ADDRESS, arguments, array, call, count
-
-__all__ = ["attention", "rotate_and_append", "takes_bf16"]
 
 SEGMENT = 1024
 TILE = 16  # tokens that share the work of transposing keys
