@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "gptoss_lite.cli.generate:generate",
     "inspect": "gptoss_lite.cli.inspect:inspect",
     "quantize": "gptoss_lite.cli.quantize:quantize",
+    "serve": "gptoss_lite.cli.serve:serve",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 CLOSED_PIPE = 141  # 128 + SIGPIPE

@@ -117,13 +117,15 @@ class BlockPool:
 class Pages:
     """One sequence's blocks in both pools: which there are, which are full, which have slid away."""
 
-    def __init__(self, full: BlockPool, sliding: BlockPool, window: int) -> None:
+    def __init__(self, full: BlockPool, sliding: BlockPool, window: int, salt: bytes = b"") -> None:
         self._pools = (full, sliding)
         self._window = window
+        self._salt = salt  # parent of the first block: only sequences with the same one share blocks
         self.full: list[int] = []
         self.sliding: list[int] = []  # entries before `_slid` were given back; their ids mean nothing
         self._slid = 0
-        self._hashes: list[bytes] = []
+        self._names: list[bytes] = []  # of the first blocks, as far as they were asked for
+        self._complete = 0  # blocks of which all keys and values are stored
         self._branch = range(0)  # sliding blocks worth keeping for the next turn
         self._tables = [np.zeros(0, np.int32), np.zeros(0, np.int32)]  # the first _filled of both lists
         self._filled = [0, 0]
@@ -137,24 +139,35 @@ class Pages:
         """The sliding blocks that a hit of `end` full blocks needs."""
         return range(self._first_visible(end * BLOCK_TOKENS), end)
 
-    def adopt_prefix(self, tokens: Sequence[int]) -> int:
-        """Share the longest known beginning of `tokens`, always leaving one to compute; returns its length.
+    def name(self, index: int, tokens: Sequence[int]) -> bytes:
+        """Name the full block `index` of `tokens`, all of them this sequence's."""
+        while len(self._names) <= index:
+            start = len(self._names) * BLOCK_TOKENS
+            parent = self._names[-1] if self._names else self._salt
+            self._names.append(block_hash(parent, tokens[start : start + BLOCK_TOKENS]))
+        return self._names[index]
 
-        A hit needs all full-attention blocks up to it and the sliding blocks of its last window.
+    def known_blocks(self, tokens: Sequence[int]) -> int:
+        """Count the blocks at the beginning of `tokens` that are known, always leaving a token to compute.
+
+        That takes all full-attention blocks up to there and the sliding blocks of the last window.
         """
         full, sliding = self._pools
-        hashes: list[bytes] = []
-        for start in range(0, len(tokens) - BLOCK_TOKENS, BLOCK_TOKENS):
-            name = block_hash(hashes[-1] if hashes else b"", tokens[start : start + BLOCK_TOKENS])
-            if name not in full:
-                break
-            hashes.append(name)
-        while not all(hashes[index] in sliding for index in self._window_before(len(hashes))):
-            hashes.pop()
-        window = self._window_before(len(hashes))
-        self.full = [full.share(name) for name in hashes]
-        self.sliding = [0] * window.start + [sliding.share(hashes[index]) for index in window]
-        self._slid, self._hashes, self.length = window.start, hashes, len(hashes) * BLOCK_TOKENS
+        known, most = 0, (len(tokens) - 1) // BLOCK_TOKENS
+        while known < most and self.name(known, tokens) in full:
+            known += 1
+        while not all(self._names[index] in sliding for index in self._window_before(known)):
+            known -= 1
+        return known
+
+    def adopt_prefix(self, tokens: Sequence[int]) -> int:
+        """Share the longest known beginning of `tokens`; returns its length."""
+        full, sliding = self._pools
+        known = self.known_blocks(tokens)
+        window = self._window_before(known)
+        self.full = [full.share(name) for name in self._names[:known]]
+        self.sliding = [0] * window.start + [sliding.share(self._names[index]) for index in window]
+        self._slid, self._complete, self.length = window.start, known, known * BLOCK_TOKENS
         # Where the prompt ends, a conversation's next turn will branch off: without this turn's reasoning.
         self._branch = self._window_before(len(tokens) // BLOCK_TOKENS)
         return self.length
@@ -186,13 +199,11 @@ class Pages:
         """Note that `count` more keys and values of `tokens` are stored, and give back what slid away."""
         full, sliding = self._pools
         self.length += count
-        while len(self._hashes) < self.length // BLOCK_TOKENS:
-            index = len(self._hashes)
-            parent = self._hashes[-1] if index else b""
-            name = block_hash(parent, tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
-            self._hashes.append(name)
+        for index in range(self._complete, self.length // BLOCK_TOKENS):
+            name = self.name(index, tokens)
             full.name(self.full[index], name)
             sliding.name(self.sliding[index], name)
+        self._complete = self.length // BLOCK_TOKENS
         for index in range(self._slid, self._first_visible(self.length)):
             sliding.drop(self.sliding[index], likely=index in self._branch)
         self._slid = max(self._slid, self._first_visible(self.length))
@@ -204,6 +215,6 @@ class Pages:
             full.drop(block)
         for block in reversed(self.sliding[self._slid :]):
             sliding.drop(block)
-        self.full, self.sliding, self._hashes = [], [], []
-        self.length = self._slid = 0
+        self.full, self.sliding = [], []
+        self.length = self._slid = self._complete = 0
         self._filled = [0, 0]

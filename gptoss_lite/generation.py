@@ -13,7 +13,7 @@ from gptoss_lite.checkpoint import Checkpoint, open_checkpoint
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
 from gptoss_lite.harmony import Message, from_chat, render_prompt
-from gptoss_lite.harmony.parse import TURN_ENDS
+from gptoss_lite.harmony.parse import turn_ends
 from gptoss_lite.memory import Plan
 from gptoss_lite.model import GptOss, Progress
 from gptoss_lite.ops import get_ops
@@ -274,10 +274,10 @@ def _prepare(
     if not isinstance(sampling, SamplingParams):
         raise RequestError(f"sampling is {sampling!r}: give SamplingParams(...)")
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    turn_ends = frozenset(tokenizer.special[name] for name in TURN_ENDS)
+    ends = turn_ends(tokenizer)
     own_stops = given.get("stop_token_ids", ())
     if not isinstance(own_stops, Collection) or not all(isinstance(i, Integral) for i in own_stops):
         raise RequestError(f"stop_token_ids is {own_stops!r}: give a list of token ids")
-    hidden = frozenset(own_stops) - turn_ends
-    request = Request(tokens, sampling, seed, given.get("max_tokens"), turn_ends | hidden)
-    return request, EventStream(reader, seed, hidden)
+    hidden = frozenset(own_stops) - ends
+    request = Request(tokens, sampling, seed, given.get("max_tokens"), ends | hidden)
+    return request, EventStream(reader, seed, len(request.tokens), hidden)

@@ -33,7 +33,8 @@ class GenerationEvent:
     """One sampled token and the text that it completed, often none.
 
     channel: "analysis", "commentary" or "final"; None inside a header and in plain completion. recipient: the
-    function that the text is an argument for. logprob and top_logprobs: as SamplingParams.logprobs asks. The
+    function that the text is an argument for. message: which of the turn's messages this is, counted from 0;
+    None inside a header and in plain completion. logprob and top_logprobs: as SamplingParams.logprobs asks. The
     last event has a finish_reason, the usage, and in a chat the turn's messages, which can go back into the
     next call.
     """
@@ -44,6 +45,7 @@ class GenerationEvent:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     recipient: str | None = None
+    message: int | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     messages: tuple[Message, ...] = ()
@@ -51,7 +53,12 @@ class GenerationEvent:
     @property
     def is_content(self) -> bool:
         """Whether the text is for the user: neither reasoning nor a tool call."""
-        return self.channel != ANALYSIS and not _is_call(self.recipient)
+        return self.channel != ANALYSIS and not self.is_call
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the text is an argument for a tool."""
+        return is_call(self.recipient)
 
 
 class StopStrings:
@@ -97,6 +104,7 @@ class Piece:
     text: str = ""
     channel: str | None = None
     recipient: str | None = None
+    message: int | None = None
 
 
 class Reader(Protocol):
@@ -150,6 +158,7 @@ class TurnReader:
         self._stop_list = stops
         self._stops = StopStrings(stops)
         self._shown = ""
+        self._begun = 0  # messages
 
     @property
     def stopped(self) -> bool:
@@ -172,26 +181,31 @@ class TurnReader:
         return messages
 
     def _read(self, events: Sequence[MessageStart | TextDelta | MessageEnd]) -> Piece:
+        """Put together what one token came to: it is all of one message."""
         piece = Piece(channel=self._parser.channel, recipient=self._parser.recipient)
         for event in events:
             match event:
                 case MessageStart():
                     self._stops, self._shown = StopStrings(self._stop_list), ""
-                case TextDelta():
-                    piece = Piece(piece.text, event.channel, event.recipient)
-                    piece.text += event.text if _is_private(piece) else self._stops.feed(event.text)
+                    self._begun += 1
+                case TextDelta(text, channel, recipient):
+                    piece.channel, piece.recipient = channel, recipient
+                    piece.text += text if _is_private(piece) else self._stops.feed(text)
                 case MessageEnd(message):
-                    piece = Piece(piece.text, message.channel, message.recipient)
+                    piece.channel, piece.recipient = message.channel, message.recipient
                     piece.text += "" if _is_private(piece) else self._stops.finish()
+        if events or self._parser.in_message:
+            piece.message = self._begun - 1
         self._shown += piece.text
         return piece
 
 
 def _is_private(piece: Piece) -> bool:
-    return piece.channel == ANALYSIS or _is_call(piece.recipient)
+    return piece.channel == ANALYSIS or is_call(piece.recipient)
 
 
-def _is_call(recipient: str | None) -> bool:
+def is_call(recipient: str | None) -> bool:
+    """Whether a message to this recipient is a tool call."""
     return recipient not in (None, "all")  # "all" is what harmony calls everybody, the user included
 
 
@@ -201,7 +215,9 @@ class EventStream:
 
     reader: Reader
     seed: int
+    prompt_tokens: int
     hidden: frozenset[int]  # the caller's own stop tokens, whose text is not part of the answer
+    _cached_tokens: int = field(default=0, init=False)
     _completion_tokens: int = field(default=0, init=False)
     _reasoning_tokens: int = field(default=0, init=False)
 
@@ -217,23 +233,37 @@ class EventStream:
         token = event.sampled.token
         hidden = token in self.hidden
         piece = Piece() if hidden else self.reader.feed(token)
+        self._cached_tokens = event.cached_tokens
         self._completion_tokens += 1
         self._reasoning_tokens += piece.channel == ANALYSIS
         reason: FinishReason | None = event.finish_reason
-        usage: Usage | None = None
-        messages: tuple[Message, ...] = ()
-        if reason is not None or self.reader.stopped:
-            rest = self.reader.finish()
-            if rest.text:
-                piece = Piece(piece.text + rest.text, rest.channel, rest.recipient)
-            messages = self.reader.messages()
-            if self.reader.stopped:
-                reason = "stop"
-            elif reason == "stop" and not hidden and any(_is_call(m.recipient) for m in messages):
-                reason = "tool_calls"
-            counts = self._completion_tokens, self._reasoning_tokens
-            usage = Usage(event.prompt_tokens, event.cached_tokens, *counts, self.seed)
-        return GenerationEvent(
+        given = GenerationEvent(
             piece.channel, piece.text, token, event.sampled.logprob, event.sampled.top_logprobs,
-            piece.recipient, reason, usage, messages,
+            piece.recipient, piece.message,
+        )  # fmt: skip
+        if reason is None and not self.reader.stopped:
+            return given
+        ended = self.cut()
+        if self.reader.stopped:
+            reason = "stop"
+        elif reason == "stop" and not hidden:
+            reason = "tool_calls" if any(is_call(m.recipient) for m in ended.messages) else "stop"
+        last = ended if ended.text else given
+        return replace(
+            given, channel=last.channel, text=given.text + ended.text, recipient=last.recipient,
+            message=last.message, finish_reason=reason, usage=ended.usage, messages=ended.messages,
+        )  # fmt: skip
+
+    def cut(self) -> GenerationEvent:
+        """End the answer where it stands, for want of tokens: what was held back comes, and the usage.
+
+        Its token is -1: there is none.
+        """
+        piece = self.reader.finish()
+        counts = self._completion_tokens, self._reasoning_tokens
+        return GenerationEvent(
+            piece.channel, piece.text, -1, recipient=piece.recipient, message=piece.message,
+            finish_reason="length",
+            usage=Usage(self.prompt_tokens, self._cached_tokens, *counts, self.seed),
+            messages=self.reader.messages(),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from gptoss_lite.errors import RequestError
@@ -36,6 +36,7 @@ def from_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     response_format: Mapping[str, Any] | None = None,
     date: str | datetime.date | None = None,
+    recall: Callable[[tuple[Message, ...]], tuple[Message, ...]] = tuple,
 ) -> tuple[Message, ...]:
     """Return the harmony conversation for chat messages as the OpenAI API spells them.
 
@@ -43,7 +44,9 @@ def from_chat(
     developer goes into the developer message: `instructions`, then all system texts, then all developer
     texts. An assistant's reasoning may come as ``reasoning``, ``reasoning_content`` or ``thinking``.
     `tools` are functions, or ``{"type": "browser"}`` and ``{"type": "python"}``. A harmony `Message`, as
-    `turn_messages` gives it, stands as it is. RequestError names what is missing or of the wrong kind.
+    `turn_messages` gives it, stands as it is. recall: exchanges an assistant's messages, as they are read
+    from one of the dictionaries, for those that the model wrote. RequestError names what is missing or of
+    the wrong kind.
     """
     effort = cast(ReasoningEffort, choose(reasoning_effort, REASONING_EFFORTS, "reasoning_effort"))
     functions, builtin = _tools(tools or ())
@@ -62,7 +65,7 @@ def from_chat(
                 name = take(message, "name", str, where, optional=True)
                 conversation.append(Message("user", (_text(message, where),), name=name))
             case "assistant":
-                conversation += _assistant(message, where, call_names)
+                conversation += recall(tuple(_assistant(message, where, call_names)))
             case "tool":
                 conversation.append(_tool_result(message, where, call_names))
     system = SystemContent(current_date=_date(date), reasoning_effort=effort, tools=builtin)
@@ -78,6 +81,12 @@ def from_chat(
     if developer != DeveloperContent():
         head.append(Message("developer", (developer,)))
     return (*head, *conversation)
+
+
+def call_name(recipient: str | None) -> str:
+    """Return the name of the function that a call is to, as it may come back; the model may write anything."""
+    name = (recipient or "").removeprefix(f"{FUNCTIONS}.")
+    return re.sub(r"[^\w.-]", "_", name) or FUNCTIONS
 
 
 def _date(date: Any) -> str:

@@ -14,6 +14,11 @@ TURN_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 MESSAGE_ENDS = ("<|end|>", *TURN_ENDS)
 
 
+def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end an assistant's turn."""
+    return frozenset(tokenizer.special[name] for name in TURN_ENDS)
+
+
 @dataclass(frozen=True, slots=True)
 class MessageStart:
     """A message's header is complete.
@@ -196,12 +201,17 @@ class TurnParser(_MessageParser):
         super().__init__(tokenizer, repeat("assistant"), in_header=True)
         self._sampled = opening("assistant", tokenizer)
         self.end_token: int | None = None
-        self._turn_ends = frozenset(tokenizer.special[name] for name in TURN_ENDS)
+        self._turn_ends = turn_ends(tokenizer)
 
     @property
     def finished(self) -> bool:
         """Whether the model has ended its turn."""
         return self.end_token is not None
+
+    @property
+    def in_message(self) -> bool:
+        """Whether a message is being written, its header complete."""
+        return self._header is not None
 
     @property
     def channel(self) -> str | None:

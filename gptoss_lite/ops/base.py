@@ -67,6 +67,7 @@ class Ops:
     name: str = "reference"
     cache_dtype: ClassVar[Any] = np.float32
     step_tokens: ClassVar[int] = 512  # computed at a time: bounds what a long prompt needs besides its cache
+    shared_step_tokens: ClassVar[int] = 64  # of prompts, in a step that answers under way wait for
 
     @contextmanager
     def loading(self, checkpoint: Checkpoint, cache_tokens: int) -> "Iterator[Plan | None]":

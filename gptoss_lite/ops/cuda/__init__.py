@@ -37,6 +37,7 @@ class CUDAOps(Ops):
     """
 
     step_tokens = 2048  # so many that reading the weights takes less time than computing with them
+    shared_step_tokens = 512
 
     def __init__(self, runtime: Runtime, name: str = "cuda", device_memory: int | None = None) -> None:
         self.name = name

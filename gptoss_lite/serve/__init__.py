@@ -1,0 +1,1 @@
+"""The server: the hosted gpt-oss API on one machine of one's own."""

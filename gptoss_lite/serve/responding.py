@@ -1,0 +1,138 @@
+"""One job's answer to one HTTP request, as a stream of server-sent events or whole."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gptoss_lite.errors import GptOssError, RequestError
+from gptoss_lite.serve.errors import ApiError
+from gptoss_lite.serve.service import Answer, Events, Job, Service
+from gptoss_lite.serve.wire import encode, refused
+
+KEEP_ALIVE = b": keep-alive\n\n"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+class View(Protocol):
+    """Puts one answer's events into the form that an endpoint has for them."""
+
+    def feed(self, events: Events) -> bytes:
+        """Take events; return what a stream carries of them, perhaps nothing."""
+
+    def finish(self, answer: Answer) -> bytes:
+        """Return the end of a stream."""
+
+    def body(self, answer: Answer) -> Any:
+        """Return the whole, when it is no stream."""
+
+    def failed(self, error: dict[str, Any]) -> bytes:
+        """Return the end of a stream that something went wrong with."""
+
+
+async def respond(
+    service: Service, job: Job, view: View, *, stream: bool, receive: Receive, scope: Scope
+) -> Response:
+    """Begin a job and answer with it; raises what `Service.begin` raises, and without a stream what fails."""
+    answer = service.begin(job)
+    scope["state"]["account"] = answer.account
+    if stream:
+        return _EventStream(service, answer, view)
+    with _closing(answer), _watching(receive, answer):
+        streamed = False
+        async for events in answer:
+            streamed = True
+            view.feed(events)
+        if not streamed and answer.account.usage is None:
+            return Response(status_code=499)  # nobody is there to read it; nginx's number for that
+        return Response(encode(view.body(answer)), media_type="application/json")
+
+
+class _EventStream(Response):
+    """Sends what comes of an answer as it comes: one write for all that one step brought."""
+
+    def __init__(self, service: Service, answer: Answer, view: View) -> None:
+        self.background = None
+        self.status_code = 200
+        self._settings = service.settings
+        self._answer, self._view = answer, view
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See Starlette's Response."""
+        with _closing(self._answer), _watching(receive, self._answer):
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            try:
+                while (events := await self._next(send)) is not None:
+                    if part := self._view.feed(events):
+                        await self._write(send, part)
+                last = self._view.finish(self._answer)
+            except (GptOssError, RuntimeError) as error:
+                last = self._view.failed(error_of(error).body)
+            await self._write(send, last, more=False)
+
+    async def _next(self, send: Send) -> Events | None:
+        """Wait for events, telling the client now and then that the line is up; None after the last."""
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.keep_alive_seconds):
+                    return await anext(self._answer)
+            except TimeoutError:
+                await self._write(send, KEEP_ALIVE)
+            except StopAsyncIteration:
+                return None
+
+    async def _write(self, send: Send, body: bytes, more: bool = True) -> None:
+        """Send a part; who does not read it in time counts as gone."""
+        try:
+            async with asyncio.timeout(self._settings.write_seconds):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            self._answer.abandon()
+
+
+def error_of(error: Exception) -> ApiError:
+    """Turn what made a request fail into what its client is told."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return refused(error)
+    return ApiError(f"the model failed: {error}", 500)
+
+
+@contextlib.contextmanager
+def _closing(answer: Answer) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        answer.close()
+
+
+@contextlib.contextmanager
+def _watching(receive: Receive, answer: Answer) -> Iterator[None]:
+    """Abandon an answer as soon as its client is gone."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        answer.abandon()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def data(record: Any) -> bytes:
+    """Write a server-sent event without a name."""
+    return b"data: %b\n\n" % encode(record)
+
+
+DONE = b"data: [DONE]\n\n"

@@ -1,0 +1,32 @@
+"""What an operator decides about a server."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to serve a model.
+
+    model: the name that clients ask for. api_keys: who may ask; none lets everybody. max_waiting: requests
+    that may wait for a place in the batch, more are refused with 429. max_body: bytes of a request;
+    body_seconds: how long it may take to arrive. max_seconds: how long an answer may take, after which it
+    ends as if at its `max_tokens`; None for no limit. write_seconds: how long a client may let its stream
+    stand before it counts as gone. keep_alive_seconds: silence after which a stream gets a comment.
+    cors_origins: pages of other origins that may call. allowed_hosts: names under which the server may be
+    called, all if empty; it keeps pages from reaching a server on the reader's own machine through a name of
+    theirs. reasoning_content: repeat `reasoning` under that older name. date: the current date that the model
+    is told, today's by default.
+    """
+
+    model: str
+    api_keys: tuple[str, ...] = ()
+    max_waiting: int = 256
+    max_body: int = 8 << 20
+    body_seconds: float = 30
+    max_seconds: float | None = None
+    write_seconds: float = 60
+    keep_alive_seconds: float = 15
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    reasoning_content: bool = False
+    date: str | None = None
