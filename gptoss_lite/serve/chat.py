@@ -8,30 +8,27 @@ import msgspec
 
 from gptoss_lite.errors import RequestError
 from gptoss_lite.harmony.chat import call_name
-from gptoss_lite.serve.chat_types import (
-    AllowedToolsChoice,
+from gptoss_lite.serve.chat_types import AllowedToolsChoice, ChatRequest, NamedTool
+from gptoss_lite.serve.logprobs import ContentLogprobs
+from gptoss_lite.serve.recall import assistant_message
+from gptoss_lite.serve.replies import (
     ChatCompletion,
-    ChatRequest,
     Choice,
     ChoiceLogprobs,
     Chunk,
     ChunkChoice,
-    CompletionTokensDetails,
     Delta,
     FunctionDelta,
-    NamedTool,
-    PromptTokensDetails,
     TokenLogprob,
     ToolCallDelta,
     UsageReply,
+    usage_reply,
 )
-from gptoss_lite.serve.logprobs import ContentLogprobs
-from gptoss_lite.serve.recall import assistant_message
 from gptoss_lite.serve.responding import DONE, data
 from gptoss_lite.serve.service import Answer, Events, Job, Service
 from gptoss_lite.serve.turn import ToolChoice, Turn, chat_job
 from gptoss_lite.serve.wire import builtin, decode
-from gptoss_lite.stream import ANALYSIS, GenerationEvent, Usage
+from gptoss_lite.stream import ANALYSIS, GenerationEvent
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
@@ -212,14 +209,3 @@ class _Answer:
 
 def _call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
-
-
-def usage_reply(usage: Usage) -> UsageReply:
-    """Put a usage into the form of chat and plain completions."""
-    return UsageReply(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens),
-    )

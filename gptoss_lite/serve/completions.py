@@ -8,11 +8,10 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from gptoss_lite.errors import RequestError
-from gptoss_lite.serve.chat import usage_reply
-from gptoss_lite.serve.chat_types import UsageReply
 from gptoss_lite.serve.fields import MOST_LOGPROBS, CompletionFields
 from gptoss_lite.serve.jobs import make_job
 from gptoss_lite.serve.logprobs import ContentLogprobs
+from gptoss_lite.serve.replies import UsageReply, usage_reply
 from gptoss_lite.serve.responding import DONE, data
 from gptoss_lite.serve.service import Answer, Events, Job, Service
 from gptoss_lite.serve.wire import Reply, decode

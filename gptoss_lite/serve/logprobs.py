@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from gptoss_lite.serve.chat_types import TokenLogprob, TopLogprob
+from gptoss_lite.serve.replies import TokenLogprob, TopLogprob
 from gptoss_lite.stream import GenerationEvent
 from gptoss_lite.tokenizer import Tokenizer
 

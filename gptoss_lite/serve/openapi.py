@@ -5,8 +5,9 @@ from typing import Any
 import msgspec
 
 from gptoss_lite import __version__
-from gptoss_lite.serve.chat_types import ChatCompletion, ChatRequest
+from gptoss_lite.serve.chat_types import ChatRequest
 from gptoss_lite.serve.completions import Completion, CompletionRequest
+from gptoss_lite.serve.replies import ChatCompletion
 from gptoss_lite.serve.response_types import Item, ResponseRequest
 from gptoss_lite.serve.settings import Settings
 

@@ -28,7 +28,7 @@ def page_routes() -> list[Route]:
 
 
 def _assemble() -> tuple[bytes, dict[str, list[str]]]:
-    """Set each part that index.html names in its place; return it and the hashes of its styles and scripts."""
+    """Set each part that index.html names in its place; return all that and the hash of each part."""
     folder = files("gptoss_lite.serve").joinpath("page")
     hashes: dict[str, list[str]] = {"style": [], "script": []}
 

@@ -14,6 +14,8 @@ from gptoss_lite.serve.service import Answer, Events, Job, Service
 from gptoss_lite.serve.wire import encode, refused
 
 KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+_NOBODY_THERE = 499  # nginx's number for a client that has left
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -46,12 +48,10 @@ async def respond(
     if stream:
         return _EventStream(service, answer, view)
     with _closing(answer), _watching(receive, answer):
-        streamed = False
         async for events in answer:
-            streamed = True
             view.feed(events)
-        if not streamed and answer.account.usage is None:
-            return Response(status_code=499)  # nobody is there to read it; nginx's number for that
+        if answer.abandoned:
+            return Response(status_code=_NOBODY_THERE)
         return Response(encode(view.body(answer)), media_type="application/json")
 
 
@@ -72,6 +72,8 @@ class _EventStream(Response):
                 while (events := await self._next(send)) is not None:
                     if part := self._view.feed(events):
                         await self._write(send, part)
+                if self._answer.abandoned:
+                    return
                 last = self._view.finish(self._answer)
             except (GptOssError, RuntimeError) as error:
                 last = self._view.failed(error_of(error).body)
@@ -133,6 +135,3 @@ def _watching(receive: Receive, answer: Answer) -> Iterator[None]:
 def data(record: Any) -> bytes:
     """Write a server-sent event without a name."""
     return b"data: %b\n\n" % encode(record)
-
-
-DONE = b"data: [DONE]\n\n"

@@ -22,6 +22,7 @@ class ResponseView:
 
     def __init__(self, service: Service, request: ResponseRequest, wants_logprobs: bool) -> None:
         self._logprobs = ContentLogprobs(service.tokenizer) if wants_logprobs else None
+        self._streams = bool(request.stream)
         self._items: list[_Item] = []
         self._number = 0
         self._written: list[bytes] = []
@@ -57,7 +58,7 @@ class ResponseView:
 
     def feed(self, events: Events) -> bytes:
         """See View."""
-        if not self._number:
+        if self._number == 0:
             self._tell("response.created", response=self._response)
             self._tell("response.in_progress", response=self._response)
         for _, event in events:
@@ -157,6 +158,8 @@ class ResponseView:
         self._tell("response.output_item.done", output_index=item.index, item=item.shown())
 
     def _tell(self, kind: str, **fields: Any) -> None:
+        if not self._streams:
+            return
         event = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
         self._written.append(b"event: %b\ndata: %b\n\n" % (kind.encode(), encode(event)))

@@ -57,6 +57,7 @@ class Answer:
 
     def __init__(self, service: "Service", job: Job) -> None:
         self.account = Account()
+        self.abandoned = False
         self._service = service
         self._job = job
         self._unfinished = set(range(len(job.requests)))
@@ -110,6 +111,7 @@ class Answer:
 
     def abandon(self) -> None:
         """Stop for good, without another event: nobody is there to read it."""
+        self.abandoned = True
         self.cut()
         self._unfinished.clear()
 
