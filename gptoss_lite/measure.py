@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from gptoss_lite.cache import BLOCK_TOKENS, Pages
+from gptoss_lite.cache import BLOCK_TOKENS
 from gptoss_lite.config import ModelConfig
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
@@ -129,7 +129,7 @@ class MeasuredEngine(Engine):
             for array in (*self._cache.keys, *self._cache.values):
                 _fill(array)
             self._is_filled = True
-        pages = Pages(self._full, self._sliding, self._window)
+        pages = self._scheduler.new_pages()
         for _ in range(len(tokens) // BLOCK_TOKENS):
             reserved = pages.reserve(BLOCK_TOKENS)
             assert reserved, "the cache has room for the workload"

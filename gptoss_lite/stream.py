@@ -34,9 +34,8 @@ class GenerationEvent:
 
     channel: "analysis", "commentary" or "final"; None inside a header and in plain completion. recipient: the
     function that the text is an argument for. message: which of the turn's messages this is, counted from 0;
-    None inside a header and in plain completion. logprob and top_logprobs: as SamplingParams.logprobs asks. The
-    last event has a finish_reason, the usage, and in a chat the turn's messages, which can go back into the
-    next call.
+    None where channel is. logprob and top_logprobs: as SamplingParams.logprobs asks. The last event has a
+    finish_reason, the usage, and in a chat the turn's messages, which can go back into the next call.
     """
 
     channel: str | None
