@@ -18,7 +18,7 @@ class Usage:
     """Tokens of a finished request, and the seed that repeats it.
 
     cached_tokens: how many of prompt_tokens were found in the cache; reasoning_tokens: how many of
-    completion_tokens were written on the analysis channel.
+    completion_tokens were written on the analysis channel, tool calls apart.
     """
 
     prompt_tokens: int
@@ -234,7 +234,7 @@ class EventStream:
         piece = Piece() if hidden else self.reader.feed(token)
         self._cached_tokens = event.cached_tokens
         self._completion_tokens += 1
-        self._reasoning_tokens += piece.channel == ANALYSIS
+        self._reasoning_tokens += piece.channel == ANALYSIS and not is_call(piece.recipient)
         reason: FinishReason | None = event.finish_reason
         given = GenerationEvent(
             piece.channel, piece.text, token, event.sampled.logprob, event.sampled.top_logprobs,

@@ -9,7 +9,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -18,7 +17,7 @@ from gptoss_lite.engine import Engine
 from gptoss_lite.errors import GptOssError
 from gptoss_lite.serve import chat, completions, responses
 from gptoss_lite.serve.errors import ApiError, error_body
-from gptoss_lite.serve.middleware import AccessLog, Keys, error_response, read_body
+from gptoss_lite.serve.middleware import AccessLog, Hosts, Keys, error_response, read_body
 from gptoss_lite.serve.openapi import document
 from gptoss_lite.serve.page import page_routes
 from gptoss_lite.serve.responding import View, error_of, respond
@@ -27,8 +26,7 @@ from gptoss_lite.serve.settings import Settings
 from gptoss_lite.tokenizer import Tokenizer
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Reader = Callable[[bytes, Service, bytes], tuple[Job, View, bool]]
-_LONG_BODY = 32 << 10  # bytes; one that long is read in a thread, so that nobody waits for it
+Reader = Callable[[bytes, Service, bytes], Awaitable[tuple[Job, View, bool]]]
 _STARTED = 1756684800  # OpenAI published the models in August 2025
 
 
@@ -58,14 +56,15 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Star
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(AccessLog, metrics=service.metrics, paths=paths)]
     if settings.allowed_hosts:
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts)))
+        middleware.append(Middleware(Hosts, names=settings.allowed_hosts))
     if settings.cors_origins:
         middleware.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
+                allow_headers=["*"],  # OpenAI's own client sends a dozen
+                expose_headers=["retry-after", "x-request-id"],
             )
         )
     middleware.append(Middleware(Keys, keys=settings.api_keys))
@@ -89,10 +88,7 @@ def _answering(path: str, read: Reader, service: Service) -> Route:
     async def endpoint(request: Request) -> Response:
         settings, salt = service.settings, request.scope["state"].get("salt", b"")
         body = await read_body(request.scope, request.receive, settings.max_body, settings.body_seconds)
-        if len(body) < _LONG_BODY:
-            job, view, stream = read(body, service, salt)
-        else:
-            job, view, stream = await asyncio.to_thread(read, body, service, salt)
+        job, view, stream = await read(body, service, salt)
         return await respond(service, job, view, stream=stream, receive=request.receive, scope=request.scope)
 
     return Route(path, endpoint, methods=["POST"])
@@ -160,7 +156,8 @@ async def _tell_error(_request: Request, error: Exception) -> Response:
 
 async def _tell_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path}", 405: f"{request.url.path} takes no {request.method}"}
+    path = request.scope["path"][:200]
+    what = {404: f"there is no {path}", 405: f"{path} takes no {request.method}"}
     body = error_body(what.get(error.status_code, str(error.detail)), error.status_code)
     return JSONResponse(body, error.status_code, headers=error.headers)
 

@@ -26,31 +26,37 @@ from gptoss_lite.serve.replies import (
 )
 from gptoss_lite.serve.responding import DONE, data
 from gptoss_lite.serve.service import Answer, Events, Job, Service
-from gptoss_lite.serve.turn import ToolChoice, Turn, chat_job
+from gptoss_lite.serve.turn import ToolChoice, Turn, chat_job, prompt_of
 from gptoss_lite.serve.wire import builtin, decode
 from gptoss_lite.stream import ANALYSIS, GenerationEvent
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
-def read(body: bytes, service: Service, salt: bytes) -> tuple[Job, "ChatView", bool]:
+async def read(body: bytes, service: Service, salt: bytes) -> tuple[Job, "ChatView", bool]:
     """Read a request: the job, how to answer, and if as a stream; RequestError, ApiError name a field."""
+    request, turn, tokens = await service.read(_read, body, service, salt)
+    job = await chat_job(
+        service,
+        turn,
+        tokens,
+        request,
+        choices=request.n or 1,
+        max_tokens=_max_tokens(request),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        salt=salt,
+    )
+    return job, ChatView(service, request, len(job.requests)), bool(request.stream)
+
+
+def _read(body: bytes, service: Service, salt: bytes) -> tuple[ChatRequest, Turn, list[int]]:
     request = decode(body, _decoder)
     service.check_model(request.model)
     request.check_stream_options()
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs is for logprobs: set logprobs to true")
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    job = chat_job(
-        service,
-        _turn(request),
-        request,
-        choices=request.n or 1,
-        max_tokens=_max_tokens(request),
-        logprobs=logprobs,
-        salt=salt,
-    )
-    return job, ChatView(service, request, len(job.requests)), bool(request.stream)
+    turn = _turn(request)
+    return request, turn, prompt_of(turn, service, salt)
 
 
 def _max_tokens(request: ChatRequest) -> int | None:
@@ -65,7 +71,7 @@ def _turn(request: ChatRequest) -> Turn:
     return Turn(
         "messages",
         builtin(request.messages),
-        request.reasoning_effort or "medium",
+        "medium" if request.reasoning_effort is None else request.reasoning_effort,
         tools=builtin(request.tools or []),
         tool_choice=_tool_choice(request),
         response_format=builtin(request.response_format),

@@ -1,5 +1,6 @@
 """/v1/completions: plain text, or token ids, gone on with as they stand."""
 
+import codecs
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -64,8 +65,12 @@ class Completion(Reply, omit_defaults=False):
 _decoder = msgspec.json.Decoder(CompletionRequest)
 
 
-def read(body: bytes, service: Service, salt: bytes) -> tuple[Job, "CompletionView", bool]:
+async def read(body: bytes, service: Service, salt: bytes) -> tuple[Job, "CompletionView", bool]:
     """Read a request: the job, how to answer, and if as a stream; RequestError, ApiError name a field."""
+    return await service.read(_read, body, service, salt)
+
+
+def _read(body: bytes, service: Service, salt: bytes) -> tuple[Job, "CompletionView", bool]:
     request = decode(body, _decoder)
     service.check_model(request.model)
     request.check_stream_options()
@@ -157,6 +162,7 @@ class _Answer:
         self._echo = echo  # stands before the first text
         self._logprobs = logprobs
         self._offset = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._parts: list[CompletionChoice] = []
 
     def feed(self, event: GenerationEvent) -> CompletionChoice | None:
@@ -186,7 +192,7 @@ class _Answer:
             shown.token_logprobs.append(entry.logprob)
             shown.top_logprobs.append({top.token: top.logprob for top in entry.top_logprobs})
             shown.text_offset.append(self._offset)
-            self._offset += len(entry.token)
+            self._offset += len(self._utf8.decode(bytes(entry.bytes)))  # a character may take several tokens
         return shown
 
     def whole(self) -> CompletionChoice:

@@ -1,5 +1,6 @@
 """What a client is told when a request cannot be served: OpenAI's error bodies."""
 
+import re
 from typing import Any
 
 from gptoss_lite.errors import GptOssError
@@ -32,11 +33,13 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_BREAKS = re.compile(r"[\s\x00-\x1f\x7f]+")
 
 
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """Put an error into the object that clients expect."""
+    """Put an error into the object that clients expect; it takes one line, whatever a field was called."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    message, param = _BREAKS.sub(" ", message), param and _BREAKS.sub(" ", param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

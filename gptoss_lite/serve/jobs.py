@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from gptoss_lite.engine import Request
+from gptoss_lite.errors import RequestError
 from gptoss_lite.harmony.parse import turn_ends
 from gptoss_lite.sampling import LogitsProcessor
 from gptoss_lite.serve.fields import Choosing
@@ -31,6 +32,10 @@ def make_job(
     seed = choosing.drawn_seed()
     ends = turn_ends(tokenizer)
     sampling = choosing.sampling(logprobs)
+    if unknown := [token for token in sampling.logit_bias if token >= tokenizer.vocab_size]:
+        raise RequestError(
+            f"logit_bias names token {unknown[0]}: the vocabulary ends at {tokenizer.vocab_size - 1}"
+        )
     requests = [
         Request(
             tokens,

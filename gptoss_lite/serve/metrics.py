@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from gptoss_lite.engine import Engine
 from gptoss_lite.stream import Usage
 
+ABANDONED = "abandoned"  # the reason why an answer ended whose client was gone
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
@@ -49,6 +50,10 @@ class Metrics:
         self._reasoning.inc(usage.reasoning_tokens)
         if usage.completion_tokens > 1:
             self._token.observe(seconds_after_first / (usage.completion_tokens - 1))
+
+    def abandoned(self) -> None:
+        """Note an answer that nobody waited for any more."""
+        self._finished.labels(ABANDONED).inc()
 
     def answered(self, seconds: float) -> None:
         """Note the end of all answers of a request."""

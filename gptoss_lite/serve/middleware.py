@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 import uuid
 from hashlib import sha256
@@ -18,6 +19,7 @@ from gptoss_lite.serve.wire import encode
 
 access_log = logging.getLogger("gptoss_lite.access")
 GUARDED = "/v1/"
+_PORT = re.compile(r":\d*$")
 
 
 def error_response(error: ApiError) -> Response:
@@ -77,6 +79,27 @@ class AccessLog:
         access_log.info(json.dumps(line))
 
 
+class Hosts:
+    """Answers to the server's own names alone, so that no page reaches it through a name of that page's."""
+
+    def __init__(self, app: ASGIApp, names: tuple[str, ...]) -> None:
+        self.app = app
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+        name = _PORT.sub("", host).strip("[]")
+        if name not in self._names:
+            refusal = ApiError(
+                f"this server does not answer to the name {name[:100]!r}: --allowed-host makes it", 421
+            )
+            return await error_response(refusal)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
 class Keys:
     """Lets only those in who have a key, and gives each key a salt: nothing cached is shared between keys."""
 
@@ -112,8 +135,11 @@ async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -
     if kind != b"application/json":  # what a page of another origin may send without asking is never this
         raise ApiError(f"content-type is {kind.decode('latin-1')[:100]!r}: send application/json", 415)
     announced = headers.get(b"content-length", b"0")
+    # Who asks first sends no body now; the rest of another's is skipped, so that its client gets to read why.
+    then = _CLOSE if b"expect" in headers else None
+    too_long = ApiError(f"the body has more than {most} bytes", 413, headers=then)
     if announced.isdigit() and int(announced[:20]) > most:
-        raise _too_long(most)
+        raise too_long
     parts, length = [], 0
     try:
         async with asyncio.timeout(seconds):
@@ -124,15 +150,11 @@ async def read_body(scope: Scope, receive: Receive, most: int, seconds: float) -
                 parts.append(message.get("body", b""))
                 length += len(parts[-1])
                 if length > most:
-                    raise _too_long(most)
+                    raise too_long
                 if not message.get("more_body"):
                     return b"".join(parts)
     except TimeoutError:
         raise ApiError(f"the body took more than {seconds:g} s to arrive", 408, headers=_CLOSE) from None
 
 
-_CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
-
-
-def _too_long(most: int) -> ApiError:
-    return ApiError(f"the body has more than {most} bytes", 413, headers=_CLOSE)
+_CLOSE = {"Connection": "close"}  # the body is not waited for

@@ -61,7 +61,7 @@ class _EventStream(Response):
     def __init__(self, service: Service, answer: Answer, view: View) -> None:
         self.background = None
         self.status_code = 200
-        self._settings = service.settings
+        self._keep_alive_seconds = service.settings.keep_alive_seconds
         self._answer, self._view = answer, view
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,32 +71,28 @@ class _EventStream(Response):
             try:
                 while (events := await self._next(send)) is not None:
                     if part := self._view.feed(events):
-                        await self._write(send, part)
-                if self._answer.abandoned:
-                    return
-                last = self._view.finish(self._answer)
-            except (GptOssError, RuntimeError) as error:
-                last = self._view.failed(error_of(error).body)
-            await self._write(send, last, more=False)
+                        await _write(send, part)
+                if not self._answer.abandoned:
+                    await _write(send, self._view.finish(self._answer), more=False)
+            except Exception as error:
+                await _write(send, self._view.failed(error_of(error).body), more=False)
+                if not isinstance(error, GptOssError):
+                    raise  # to be logged
 
     async def _next(self, send: Send) -> Events | None:
         """Wait for events, telling the client now and then that the line is up; None after the last."""
         while True:
             try:
-                async with asyncio.timeout(self._settings.keep_alive_seconds):
+                async with asyncio.timeout(self._keep_alive_seconds):
                     return await anext(self._answer)
             except TimeoutError:
-                await self._write(send, KEEP_ALIVE)
+                await _write(send, KEEP_ALIVE)
             except StopAsyncIteration:
                 return None
 
-    async def _write(self, send: Send, body: bytes, more: bool = True) -> None:
-        """Send a part; who does not read it in time counts as gone."""
-        try:
-            async with asyncio.timeout(self._settings.write_seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            self._answer.abandon()
+
+async def _write(send: Send, body: bytes, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def error_of(error: Exception) -> ApiError:

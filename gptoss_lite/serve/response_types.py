@@ -54,7 +54,7 @@ class FunctionCallItem(Record, tag_field="type", tag="function_call"):
     """A call that the model made."""
 
     call_id: str
-    name: str
+    name: Annotated[str, Meta(pattern=r"^[\w.-]+$")]
     arguments: str
     id: str | None = None
     status: Status = None

@@ -2,26 +2,24 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
 from gptoss_lite.sampling import SamplingParams
+from gptoss_lite.serve.protocol import Config, Protocol
 from gptoss_lite.serve.service import Service
 
 _BACKLOG = 2048
-_IDLE_SECONDS = 60  # what a kept connection may rest between two requests
-_HEAD_SECONDS = 20  # what the head of a request may take to arrive
 _LAST_WRITES = 2  # seconds, for what was cut to be told
 
 
@@ -44,21 +42,29 @@ def run(app: Starlette, listener: socket.socket, drain_seconds: float, started: 
     signal ends at once. started: called when clients can connect.
     """
     allow_open_files()
-    config = uvicorn.Config(
+    gc.collect()
+    gc.freeze()  # what is there by now stays, and no collection has to walk through it while all wait
+    signal.signal(signal.SIGTERM, lambda *_: None)  # raised anew once all is done, which is no failure
+    make_server(app, drain_seconds, started).run(sockets=[listener])
+
+
+def make_server(app: Starlette, drain_seconds: float, started: Callable[[], None]) -> uvicorn.Server:
+    """Make the server that `run` runs."""
+    config = Config(
         app,
-        http=_Protocol,
+        http=Protocol,
         loop="asyncio",
         ws="none",
         backlog=_BACKLOG,
-        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_keep_alive=app.state.service.settings.idle_seconds,
         access_log=False,
         log_config=None,
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=int(drain_seconds) + _LAST_WRITES,
     )
-    signal.signal(signal.SIGTERM, lambda *_: None)  # raised anew once all is done, which is no failure
-    _Server(config, app.state.service, drain_seconds, started).run(sockets=[listener])
+    config.settings = app.state.service.settings
+    return _Server(config, app.state.service, drain_seconds, started)
 
 
 def allow_open_files() -> None:
@@ -85,7 +91,7 @@ def log_to_stderr(*, access: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     levels = {
         "gptoss_lite.access": logging.INFO if access else logging.WARNING,
-        "uvicorn.error": logging.WARNING,
+        "uvicorn.error": logging.ERROR,
     }
     for name, level in levels.items():
         logger = logging.getLogger(name)
@@ -122,32 +128,3 @@ class _Server(uvicorn.Server):
         if self.should_exit and sig == signal.SIGTERM:
             self.force_exit = True
         super().handle_exit(sig, frame)
-
-
-class _Protocol(HttpToolsProtocol):
-    """Drops connections on which no request begins: an open socket costs nothing to keep, and many add up."""
-
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        """Begin to wait for a request."""
-        super().connection_made(transport)
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._drop)
-
-    def on_headers_complete(self) -> None:
-        """A request is there."""
-        self._stop_waiting()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _stop_waiting(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _drop(self) -> None:
-        self.transport.abort()

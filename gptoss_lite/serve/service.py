@@ -4,24 +4,31 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Self
+from functools import cached_property, partial
+from typing import ParamSpec, Self, TypeVar
 
 from gptoss_lite import __version__
 from gptoss_lite.async_engine import AsyncEngine
+from gptoss_lite.constrain import GrammarCompiler
 from gptoss_lite.engine import Engine, Request
 from gptoss_lite.errors import RequestError
 from gptoss_lite.repetition import RepetitionWatch
 from gptoss_lite.serve.errors import ApiError
-from gptoss_lite.serve.metrics import Metrics
+from gptoss_lite.serve.metrics import ABANDONED, Metrics
 from gptoss_lite.serve.recall import Recall
 from gptoss_lite.serve.settings import Settings
 from gptoss_lite.stream import EventStream, GenerationEvent, Usage
 from gptoss_lite.tokenizer import Tokenizer
 
 Events = list[tuple[int, GenerationEvent]]  # each with the index of its answer
+P = ParamSpec("P")
+Result = TypeVar("Result")
 _BUSY = 503
+_READERS = 4
+_COMPILERS = 2
 _LONGEST_RETRY = 60  # seconds
 
 
@@ -111,8 +118,11 @@ class Answer:
 
     def abandon(self) -> None:
         """Stop for good, without another event: nobody is there to read it."""
-        self.abandoned = True
         self.cut()
+        for _ in self._unfinished:
+            self.abandoned = True
+            self._service.metrics.abandoned()
+            self.account.finish_reasons.append(ABANDONED)
         self._unfinished.clear()
 
     def close(self) -> None:
@@ -165,6 +175,8 @@ class Service:
         self.recall = Recall()
         self.engine = AsyncEngine(engine)
         self.fingerprint = f"gptoss-lite-{__version__}-{engine.model.ops.name}"
+        self._readers = ThreadPoolExecutor(_READERS, "gptoss-lite reading")
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "gptoss-lite grammars")
         self.draining = False
         self._places = engine.max_sequences
         self._taken = 0
@@ -175,6 +187,19 @@ class Service:
     def healthy(self) -> bool:
         """Whether requests can be answered now."""
         return self.engine.alive and not self.draining
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What compiles schemas; made when the first is to be followed, which takes a second."""
+        return GrammarCompiler(self.tokenizer)
+
+    async def read(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        """Call what reads a request in a thread: a long prompt must not hold up the answers of others."""
+        return await _call_in(self._readers, function, *args, **kwargs)
+
+    async def compile(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        """Call what compiles schemas in a thread of another kind, for some take seconds."""
+        return await _call_in(self._compilers, function, *args, **kwargs)
 
     def check_model(self, name: str) -> None:
         """Raise ApiError, status 404, for a model that is not served here."""
@@ -206,7 +231,10 @@ class Service:
             raise ApiError("the server is shutting down", _BUSY, headers={"Retry-After": "5"})
         wanted, room = len(job.requests), self._places + self.settings.max_waiting
         if wanted > room:
-            raise ApiError(f"{wanted} answers are more than this server takes at once, {room}: ask for fewer")
+            raise ApiError(
+                f"{wanted} answers are more than this server takes at once, {room}: ask for fewer",
+                param="n" if job.choices > 1 else "prompt",
+            )
         if self._taken + wanted > room:
             raise ApiError(
                 f"the server is busy: {self._taken} answers are under way or waiting",
@@ -239,9 +267,18 @@ class Service:
     def close(self) -> None:
         """Stop computing."""
         self.draining = True
+        for threads in (self._readers, self._compilers):
+            threads.shutdown(cancel_futures=True)
         self.engine.close()
 
     def _retry_seconds(self) -> int:
         """Guess when a place will be free: answers end one by one, each place's in about the mean time."""
         mean = sum(self._durations) / len(self._durations)
         return min(_LONGEST_RETRY, max(1, math.ceil(mean / self._places)))
+
+
+async def _call_in(
+    threads: ThreadPoolExecutor, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+) -> Result:
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(threads, partial(function, *args, **kwargs))

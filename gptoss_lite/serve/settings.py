@@ -9,9 +9,10 @@ class Settings:
 
     model: the name that clients ask for. api_keys: who may ask; none lets everybody. max_waiting: requests
     that may wait for a place in the batch, more are refused with 429. max_body: bytes of a request;
-    body_seconds: how long it may take to arrive. max_seconds: how long an answer may take, after which it
-    ends as if at its `max_tokens`; None for no limit. write_seconds: how long a client may let its stream
-    stand before it counts as gone. keep_alive_seconds: silence after which a stream gets a comment.
+    head_seconds, body_seconds: how long its parts may take to arrive. max_seconds: how long an answer may
+    take, after which it ends as if at its `max_tokens`; None for no limit. write_seconds: how long a client
+    may let what it was sent stand before it counts as gone. idle_seconds: how long a connection may rest
+    between two requests. keep_alive_seconds: silence after which a stream gets a comment.
     cors_origins: pages of other origins that may call. allowed_hosts: names under which the server may be
     called, all if empty; it keeps pages from reaching a server on the reader's own machine through a name of
     theirs. reasoning_content: repeat `reasoning` under that older name. date: the current date that the model
@@ -22,9 +23,11 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     max_waiting: int = 256
     max_body: int = 8 << 20
+    head_seconds: float = 20
     body_seconds: float = 30
     max_seconds: float | None = None
     write_seconds: float = 60
+    idle_seconds: int = 60
     keep_alive_seconds: float = 15
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ encode = msgspec.json.Encoder().encode
 _AT = re.compile(r"(?P<problem>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
-_FIELD = re.compile(r"(?:a token of )?(?P<path>[a-z_]+(?:\[\d+\]|\.[a-z_]+)*)")
+_FIELD = re.compile(r"(?:a token of )?(?P<path>(?!(?:an?|the|there)\b)[a-z_]+(?:\[\d+\]|\.[a-z_]+)*)")
 _LONGEST = 200
 
 
