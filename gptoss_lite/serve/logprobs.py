@@ -21,10 +21,8 @@ class ContentLogprobs:
             entry = _entry(event, self._tokenizer)
             self._written += len(entry.bytes)
             self._held.append((self._written, entry))
-        # Text may take more bytes than its tokens: U+FFFD, or what was read from a header.
+        # Text may take more bytes than its tokens: U+FFFD for one cut off, or what was read from a header.
         self._shown = min(self._shown + len(event.text.encode()), self._written)
-        if event.finish_reason is not None and event.finish_reason != "stop":
-            self._shown = self._written  # a character cut in two is shown as something else
         shown = []
         while self._held and self._held[0][0] <= self._shown:
             shown.append(self._held.popleft()[1])
