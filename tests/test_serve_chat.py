@@ -234,7 +234,7 @@ def test_reasoning_stands_apart_from_content(stage: Stage) -> None:
     told = both(stage, f"{thoughts}{FINAL}Yes.<|return|>")
     assert (told.reasoning, told.content, told.finish_reason) == ("Think, think.", "Yes.", "stop")
     assert stage.api.post(CHAT, messages=ASK).json["choices"][0]["message"].keys() == {
-        "role", "content", "reasoning",
+        "role", "content", "reasoning", "refusal",
     }  # fmt: skip
 
 
@@ -726,11 +726,11 @@ BAD: dict[str, tuple[Any, str | None, str]] = {
     "a part": (said({"role": "user", "content": ["x"]}), "messages[0].content[0]", "expected `object`"),
     "an image": (
         said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}),
-        "messages[0].content[0].type", "'image_url'; gpt-oss reads text only",
+        "messages[0].content[0].type", "'image_url', and there is .text.; gpt-oss reads text only",
     ),
     "a sound": (
         said(ASK[0], {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}),
-        "messages[1].content[1].type", "'input_audio'; gpt-oss reads text only",
+        "messages[1].content[1].type", "'input_audio', and there is .text.; gpt-oss reads text only",
     ),
     "a field of a message": (
         said({"role": "user", "content": "x", "mood": "sad"}), "messages[0].mood", "no field",

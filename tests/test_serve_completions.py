@@ -175,7 +175,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "more prompts than there is room for": ({"prompt": ["x"] * 21}, "prompt", "21 answers .* at once, 20"),
     "more choices than there is room for": ({"prompt": "x", "n": 21}, "n", "21 answers .* at once, 20"),
     "the best of": ({"prompt": "x", "best_of": 2}, "best_of", "2"),
-    "a suffix": ({"prompt": "x", "suffix": "y"}, "suffix", "`null`"),
+    "a suffix": ({"prompt": "x", "suffix": "y"}, "suffix", "is not supported"),
     "an echo's logprobs": ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "logprobs is not supported"),
     "a yes for a number": ({"prompt": "x", "logprobs": True}, "logprobs", "got `bool`"),
     "many logprobs": ({"prompt": "x", "logprobs": 21}, "logprobs", "<= 20"),

@@ -162,6 +162,7 @@ class _Answer:
         assert self._last is not None and self._last.finish_reason is not None
         messages = self._last.messages
         message = assistant_message(messages, {i: _call_id() for i in range(len(messages))})
+        message["refusal"] = None
         if self._mirror and "reasoning" in message:
             message["reasoning_content"] = message["reasoning"]
         logprobs = None if self._logprobs is None else ChoiceLogprobs(content=self._entries)

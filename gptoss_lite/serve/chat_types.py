@@ -15,6 +15,7 @@ class TextPart(Record, tag_field="type", tag="text"):
 
 
 Text = str | list[TextPart]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")]
 Nothing = Annotated[list[Any], Meta(max_length=0)] | None  # fields that clients send back empty
 
 
@@ -22,21 +23,21 @@ class SystemMessage(Record, tag_field="role", tag="system"):
     """Joins the developer's instructions, before theirs."""
 
     content: Text
-    name: str | None = None
+    name: Name | None = None
 
 
 class DeveloperMessage(Record, tag_field="role", tag="developer"):
     """The developer's instructions."""
 
     content: Text
-    name: str | None = None
+    name: Name | None = None
 
 
 class UserMessage(Record, tag_field="role", tag="user"):
     """What the user says."""
 
     content: Text
-    name: str | None = None
+    name: Name | None = None
 
 
 class CalledFunction(Record):

@@ -27,12 +27,6 @@ class ApiError(GptOssError):
         return error_body(str(self), self.status, self.param, self.code)
 
 
-_KINDS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
 _BREAKS = re.compile(r"[\s\x00-\x1f\x7f]+")
 
 
@@ -40,6 +34,8 @@ def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """Put an error into the object that clients expect; it takes one line, whatever a field was called."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = (
+        "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    )
     message, param = _BREAKS.sub(" ", message), param and _BREAKS.sub(" ", param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -86,7 +86,7 @@ class Recall:
     def _keep(self, key: bytes, messages: Sequence[Message]) -> None:
         tokens = array("i", [token for m in messages for token in m.tokens or ()])
         lengths = tuple(None if m.tokens is None else len(m.tokens) for m in messages)
-        bare = tuple(replace(m, tokens=None, content=() if m.tokens else m.content) for m in messages)
+        bare = tuple(_bare(m) for m in messages)
         with self._lock:
             self._forget(key)
             self._turns[key] = _Turn(bare, tokens, lengths)
@@ -97,6 +97,13 @@ class Recall:
     def _forget(self, key: bytes) -> None:
         if key in self._turns:
             self._tokens -= len(self._turns.pop(key).tokens)
+
+
+def _bare(message: Message) -> Message:
+    """Leave off what the tokens say. A call made while thinking stays when the thought is dropped."""
+    channel = "commentary" if is_call(message.recipient) else message.channel
+    content = () if message.tokens else message.content
+    return replace(message, channel=channel, content=content, tokens=None)
 
 
 def _replayed(messages: Sequence[Message]) -> tuple[Message, ...]:
