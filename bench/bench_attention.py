@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bench.shares import Report
 from gptoss_lite.kernels.cpu import isa
 from gptoss_lite.kernels.cpu.attention import attention, takes_bf16
+from gptoss_lite.kernels.cpu.program import Rooms, Steps
 from gptoss_lite.kernels.cpu.rope import rotate_and_append
 
 HEADS, KEY_HEADS, HEAD_DIM = 64, 8, 64
@@ -36,16 +37,17 @@ class Layer:
         q = rng.standard_normal((len(self.positions), HEADS, HEAD_DIM), np.float32)
         self.q: NDArray[Any] = q if queries == "float32" else q.astype(ml_dtypes.bfloat16).view(np.uint16)
         self.sinks = np.zeros(HEADS, np.float32)
-        self.out = np.empty(q.shape, np.float32)
+        self.out, self.rooms = np.empty(q.shape, np.float32), Rooms()
 
     def run(self, window: int) -> None:
         """Attend from all queries, a step at a time."""
         for start in range(0, len(self.q), STEP):
-            rows = slice(start, start + STEP)
+            rows, steps = slice(start, start + STEP), Steps(rooms=self.rooms)
             attention(
-                self.q[rows], self.keys, self.values, self.table, self.sequence[rows], self.positions[rows],
-                self.sinks, window, HEAD_DIM**-0.5, self.out[rows],
+                steps, self.q[rows], self.keys, self.values, self.table, self.sequence[rows],
+                self.positions[rows], self.sinks, window, HEAD_DIM**-0.5, self.out[rows],
             )  # fmt: skip
+            steps.run()
 
     def check(self, window: int) -> None:
         """Compare the last query's first eight heads with NumPy."""
@@ -110,11 +112,17 @@ def bench_rotate_and_append(report: Report, tokens: int) -> None:
     rng = np.random.default_rng(0)
     qkv = rng.standard_normal((tokens, (HEADS + 2 * KEY_HEADS) * HEAD_DIM), np.float32)
     cos, sin = (rng.standard_normal((tokens, HEAD_DIM // 2), np.float32) for _ in range(2))
-    places = np.arange(tokens, dtype=np.int32)
+    positions, sequence = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.int32)
+    table = np.arange(STEP // 16, dtype=np.int32)[None]
     q = np.empty((tokens, HEADS, HEAD_DIM), np.float32)
     keys, values = (np.empty((STEP // 16, KEY_HEADS, 16, HEAD_DIM), np.uint16) for _ in range(2))
-    args = (qkv, cos, sin, places // 16, places % 16, q, keys, values)
-    report.run(lambda: rotate_and_append(*args))
+
+    def run() -> None:
+        steps = Steps()
+        rotate_and_append(steps, qkv, cos, sin, table, sequence, positions, q, keys, values)
+        steps.run()
+
+    report.run(run)
     first, second = np.split(qkv[:, :HEAD_DIM], 2, axis=1)
     want = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
     np.testing.assert_array_equal(q[:, 0], want)

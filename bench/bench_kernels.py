@@ -14,12 +14,12 @@ from gptoss_lite.kernels.cpu import elementwise, isa
 from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
 from gptoss_lite.kernels.cpu.experts import experts_packed
 from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
-from gptoss_lite.kernels.cpu.router import make_router
+from gptoss_lite.kernels.cpu.program import Rooms, Steps
+from gptoss_lite.kernels.cpu.router import route
 from gptoss_lite.ops.cpu_weights import tiles
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
 
 HIDDEN, INNER, EXPERTS, CHOSEN, QKV = 2880, 2880, 32, 4, 5120
-NOTHING, NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 HOST = isa.host()
 
 both_activations = pytest.mark.parametrize("activations", ["accurate", "int8"])
@@ -57,15 +57,17 @@ def bench_linear_packed(
     make: Callable[..., QTensor], activations: str, tokens: int,
 ) -> None:  # fmt: skip
     """One layer's query, key and value projection; copies that no cache holds take turns."""
-    weight = make(rng, QKV, HIDDEN)
+    weight, rooms = make(rng, QKV, HIDDEN), Rooms()
     w, x = tiles(weight, 1), rng.standard_normal((tokens, HIDDEN), np.float32)
     copies = [w.records.copy() for _ in range(16 if tokens < 512 else 1)]
-    y, linear = np.empty((tokens, QKV), np.float32), linear_packed(HOST, w.format, activations)
+    y = np.empty((tokens, QKV), np.float32)
 
     def run() -> None:
+        steps = Steps(rooms=rooms)
         for record in copies:
-            rows = quantized(HOST, w.format, activations, x)
-            linear(record, w.code_bytes, w.groups, w.group_blocks, w.is_fp16, *rows, NOTHING, NO_ROWS, y)
+            rows = quantized(steps, HOST, w.format, activations, x)
+            linear_packed(steps, HOST, w.format, activations, (record, *w.packed()[1:]), rows, y)
+        steps.run()
 
     report.run(run, rounds=9)
     assert_close(y, x @ weight.dequantize().T, activations)
@@ -83,12 +85,13 @@ def bench_linear_dense(
     weight = rng.standard_normal((QKV, HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
     x, y = rng.standard_normal((tokens, HIDDEN), np.float32), np.empty((tokens, QKV), np.float32)
     copies = [weight.view(np.uint16)[None].copy() for _ in range(12 if tokens < 512 else 1)]
-    linear = linear_dense(HOST, "bf16")
     groups, starts = np.zeros(1, np.int32), np.array([0, tokens], np.int32)
 
     def run() -> None:
+        steps = Steps()
         for bits in copies:
-            linear(bits, groups, starts, x, NOTHING, NO_ROWS, y, 0)
+            linear_dense(steps, HOST, "bf16", bits, groups, starts, x, y)
+        steps.run()
 
     report.run(run, rounds=9 if tokens < 512 else 3)
     assert_close(y, x @ weight.astype(np.float32).T, "accurate")
@@ -116,16 +119,16 @@ def bench_experts(
         for _ in range(8 if tokens < 512 else 1)
     ]
     weights, out = rng.random((tokens, CHOSEN), np.float32), np.empty_like(x)
-    experts = experts_packed(HOST, up.format, back.format, activations)
+    rooms = Rooms()
 
     def run() -> None:
+        steps = Steps(rooms=rooms)
         for ids in choices:
-            experts(
-                h, ids, weights,
-                up.records, up.code_bytes, up.groups, up.group_blocks, up.is_fp16, added[0],
-                back.records, back.code_bytes, back.groups, back.group_blocks, back.is_fp16, added[1],
-                7.0, x, out,
+            experts_packed(
+                steps, HOST, (up.format, back.format), activations, h, ids, weights, up.packed(), added[0],
+                back.packed(), added[1], 7.0, x, out,
             )  # fmt: skip
+        steps.run()
 
     report.run(run, rounds=9 if tokens < 512 else 3)
     want = x[:1].copy()
@@ -149,18 +152,32 @@ def bench_router(benchmark: BenchmarkFixture, report: Report, rng: np.random.Gen
     x, norm = rng.standard_normal((tokens, HIDDEN), np.float32), rng.standard_normal(HIDDEN, np.float32)
     weight = rng.standard_normal((EXPERTS, HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
     added = rng.standard_normal(EXPERTS, np.float32)
-    ids, weights = np.empty((tokens, CHOSEN), np.int32), np.empty((tokens, CHOSEN), np.float32)
-    route = make_router(HOST, "bf16")
-    report.run(lambda: route(rms_norm(x, norm, 1e-5), weight.view(np.uint16), added, ids, weights))
-    logits = rms_norm(x, norm, 1e-5) @ weight.astype(np.float32).T + added
+    rooms = Rooms()
+
+    def run() -> tuple[NDArray[Any], NDArray[Any]]:
+        steps = Steps(rooms=rooms)
+        h = rms_norm(steps, x, norm, 1e-5)
+        ids, _ = route(steps, HOST, "bf16", h, weight.view(np.uint16), added, CHOSEN)
+        steps.run()
+        return h, ids
+
+    h, ids = report.run(run)
+    logits = h @ weight.astype(np.float32).T + added
     np.testing.assert_array_equal(ids[:, 0], logits.argmax(axis=1))
     report.share("multiply-add", tokens * EXPERTS * HIDDEN)
 
 
 def bench_quantise_activations(benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator) -> None:
     """The rows of a prefill step, in 16 bits."""
-    x = rng.standard_normal((512, HIDDEN), np.float32)
-    _, scales, _ = report.run(lambda: quantized(HOST, "int8", "accurate", x))
+    x, rooms = rng.standard_normal((512, HIDDEN), np.float32), Rooms()
+
+    def run() -> NDArray[Any]:
+        steps = Steps(rooms=rooms)
+        _, scales, _ = quantized(steps, HOST, "int8", "accurate", x)
+        steps.run()
+        return scales
+
+    scales = report.run(run)
     first = np.abs(x[:8, :32]).max(axis=1) / 32512
     np.testing.assert_allclose(scales[: HOST.tokens], first[: HOST.tokens], rtol=1e-6)
     report.share("read", x.nbytes)
@@ -171,7 +188,13 @@ def bench_swiglu(benchmark: BenchmarkFixture, report: Report, rng: np.random.Gen
     x = rng.standard_normal((2048, 2 * INNER), np.float32) * 4
     bias, expert = np.zeros((1, 2 * INNER), np.float32), np.zeros(2048, np.int32)
     y = np.empty((2048, INNER), np.float32)
-    report.run(lambda: elementwise.swiglu(x, bias, expert, 7.0, y))
+
+    def run() -> None:
+        steps = Steps()
+        elementwise.swiglu(steps, x, bias, expert, 7.0, y)
+        steps.run()
+
+    report.run(run)
     gate, up = np.minimum(x[:, ::2], 7), np.clip(x[:, 1::2], -7, 7)
     np.testing.assert_allclose(y, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
     report.share("read", x.nbytes + y.nbytes)

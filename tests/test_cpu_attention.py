@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from gptoss_lite.kernels.cpu import isa
 from gptoss_lite.kernels.cpu.attention import attention, takes_bf16
+from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.rope import rotate_and_append
+from gptoss_lite.kernels.cpu.steps import LANES
 
 BF16 = ml_dtypes.bfloat16
 FULL = 2**31 - 1
@@ -29,9 +31,9 @@ Bits = NDArray[np.uint16]
 Rows = list[tuple[int, int]]  # sequence and position of each
 
 
-@pytest.fixture(params=isa.usable())
-def each_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test once for each kind of CPU that this host can be."""
+@pytest.fixture(params=list({isa.by_name(name).lanes == LANES: name for name in isa.usable()}.values()))
+def each_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test once for each way in which attention is compiled, for wide registers or for others."""
     monkeypatch.setenv(isa.VARIABLE, request.param)
 
 
@@ -78,10 +80,12 @@ class Sequences:
         sequence, positions = (np.array(part, np.int32) for part in zip(*rows, strict=True))
         q = np.stack([self.queries[s][position] for s, position in rows])
         out = np.full(q.shape, np.nan, np.float32)
+        steps = Steps()
         attention(
-            bits(q) if precision == "bf16" else q, self.keys, self.values, self.table, sequence, positions,
-            self.sinks, window, self.head_dim**-0.5, out,
+            steps, bits(q) if precision == "bf16" else q, self.keys, self.values, self.table, sequence,
+            positions, self.sinks, window, self.head_dim**-0.5, out,
         )  # fmt: skip
+        steps.run()
         return out
 
     def exact(self, s: int, position: int, window: int = FULL) -> tuple[Doubles, Doubles]:
@@ -111,7 +115,7 @@ def span(s: int, start: int, stop: int) -> Rows:
     return [(s, position) for position in range(start, stop)]
 
 
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("each_width")
 @pytest.mark.parametrize("window", [FULL, 1100, 128, 5, 1])
 @pytest.mark.parametrize(
     ("heads", "head_dim"), [((16, 2), 64), ((6, 2), 48), ((20, 2), 34), ((3, 3), 16), ((4, 1), 2)]
@@ -124,7 +128,7 @@ def test_attention(heads: tuple[int, int], head_dim: int, window: int) -> None:
         assert errors(sequences, batch, window).max() < 1.5e-6  # float32 sums of up to 2,100 products
 
 
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("each_width")
 @pytest.mark.parametrize("growth", [-1, 1])
 def test_scores_far_apart(growth: int) -> None:
     # Scores from 0 to 300, up or down along the sequence: sums shrink from part to part, or hardly count.
@@ -140,7 +144,7 @@ def test_scores_far_apart(growth: int) -> None:
     assert error < 1e-4
 
 
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("each_width")
 def test_weights_are_exact_to_the_last_bits() -> None:
     # Key j has a score of j / 8 times the query's one element, and its value says which key it is.
     D = 64
@@ -240,7 +244,7 @@ def test_a_row_has_the_same_bits_however_a_batch_is_cut(
                 np.testing.assert_array_equal(row.view(np.uint32), want[s][position].view(np.uint32))
 
 
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("each_width")
 def test_a_row_has_the_same_bits_on_every_cpu(two: Sequences) -> None:
     rows = span(0, 1180, 1200) + span(1, 89, 90)
     got = two.run(rows)
@@ -271,11 +275,17 @@ def test_rotate_and_append(heads: tuple[int, int], head_dim: int, tokens: int) -
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     places = rng.permutation(64)[:tokens].astype(np.int32)
     blocks, slots = places // 16, places % 16
+    # Two sequences, of which some positions are asked for in any order.
+    table = np.stack([np.arange(4), np.arange(4)[::-1]]).astype(np.int32)
+    sequence = rng.integers(0, 2, tokens).astype(np.int32)
+    positions = (np.where(sequence == 0, blocks, 3 - blocks) * 16 + slots).astype(np.int32)
 
     def run(dtype: type) -> tuple[NDArray[Any], Bits, Bits]:
         q: NDArray[Any] = np.zeros((tokens, H, D), dtype)
         keys, values = (np.full((4, Hk, 16, D), ANYTHING, np.uint16) for _ in "kv")
-        rotate_and_append(qkv, cos, sin, blocks, slots, q, keys, values)
+        steps = Steps()
+        rotate_and_append(steps, qkv, cos, sin, table, sequence, positions, q, keys, values)
+        steps.run()
         return q, keys, values
 
     q, keys, values = run(np.float32)

@@ -19,7 +19,8 @@ from gptoss_lite.kernels.cpu import isa
 from gptoss_lite.kernels.cpu import tile as tiles
 from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
 from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
-from gptoss_lite.kernels.cpu.router import make_router
+from gptoss_lite.kernels.cpu.program import Steps
+from gptoss_lite.kernels.cpu.router import route
 from gptoss_lite.kernels.cpu.tile import ROWS, dense_tile, dense_tokens, tile
 from gptoss_lite.ops import get_ops
 from gptoss_lite.ops.base import Linear, Ops
@@ -32,7 +33,6 @@ Array = NDArray[Any]
 RNG = np.random.default_rng(5)
 HOST = isa.by_name(isa.usable()[0])
 FORMATS: list[Format] = [MXFP4(), Int8(), Int8(64, "float16"), Int8(None, "e8m0")]
-NOTHING, NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
 every_kind = pytest.mark.parametrize("kind", list(map(isa.by_name, isa.usable())), ids=isa.usable())
@@ -53,11 +53,19 @@ def name_of(format: Format) -> str:
 
 def product_of(kind: isa.ISA, weight: QTensor, activations: str, x: Array) -> Array:
     """Multiply by the whole kernel."""
-    w, y = in_tiles(weight, 1), np.empty((len(x), weight.shape[0]), np.float32)
-    rows = quantized(kind, w.format, activations, x)
-    linear = linear_packed(kind, w.format, activations)
-    linear(w.records, w.code_bytes, w.groups, w.group_blocks, w.is_fp16, *rows, NOTHING, NO_ROWS, y)
+    w, y, steps = in_tiles(weight, 1), np.empty((len(x), weight.shape[0]), np.float32), Steps()
+    rows = quantized(steps, kind, w.format, activations, x)
+    linear_packed(steps, kind, w.format, activations, w.packed(), rows, y)
+    steps.run()
     return y
+
+
+def quantised_rows(kind: isa.ISA, format: str, activations: str, x: Array) -> tuple[Array, Array, Array]:
+    """Quantise activations at once."""
+    steps = Steps()
+    rows = quantized(steps, kind, format, activations, x)
+    steps.run()
+    return rows
 
 
 @cache
@@ -68,6 +76,19 @@ def tile_of(kind: isa.ISA, format: str, activations: str) -> Callable[..., None]
     @njit
     def run(room, w, codes_at, scales_at, is_fp16, x, x_scales, starts, slot, y, y_at, groups, blocks):  # type: ignore[no-untyped-def]
         tile(key, room, w, codes_at, scales_at, is_fp16, x, x_scales, starts, slot, y, y_at, groups, blocks)
+
+    compiled: Callable[..., None] = run
+    return compiled
+
+
+@cache
+def dense_tile_of(kind: isa.ISA, format: str) -> Callable[..., None]:
+    """Compile one tile of dense weights by itself."""
+    key = isa.key(kind.name, format)
+
+    @njit
+    def run(weights, at, rows, x, row, count, y):  # type: ignore[no-untyped-def]
+        dense_tile(key, weights, at, rows, x, row, count, y)
 
     compiled: Callable[..., None] = run
     return compiled
@@ -91,9 +112,9 @@ def test_tiles_have_the_same_bits_on_every_kind_of_cpu(format: Format, activatio
         run = tile_of(kind, w.format, activations)
         rooms = sorted({1, 2, 4, kind.tokens})
         for room in rooms:  # chunks of `room` rows, which the last of all fills
-            rows = quantized(kind, w.format, activations, x[:room])
+            rows = quantised_rows(kind, w.format, activations, x[:room])
             found[name, room] = first_tile(run, w, rows, room, 0)
-        together = quantized(kind, w.format, activations, x)
+        together = quantised_rows(kind, w.format, activations, x)
         second[name] = first_tile(run, w, together, kind.tokens, kind.tokens)
     exact = x[:1].astype(np.float64) @ weight.dequantize().astype(np.float64).T
     bound = {"accurate": 1e-4, "int8": 2e-2}[activations] * np.abs(exact).max()
@@ -103,7 +124,7 @@ def test_tiles_have_the_same_bits_on_every_kind_of_cpu(format: Format, activatio
         np.testing.assert_array_equal(y[0], one[0], err_msg=f"{name} {room}")
     for name in isa.usable():
         kind = isa.by_name(name)
-        alone = quantized(kind, w.format, activations, x[kind.tokens : kind.tokens + 1])
+        alone = quantised_rows(kind, w.format, activations, x[kind.tokens : kind.tokens + 1])
         y = first_tile(tile_of(kind, w.format, activations), w, alone, 1, 0)
         np.testing.assert_array_equal(second[name][0], y[0])
 
@@ -129,7 +150,7 @@ def test_sums_of_integers_are_exact(kind: isa.ISA, activations: str) -> None:
             x = np.full((1, 64), sign * top, np.float32)
             x[0, ::5] = sign * (top - 1)
             w = in_tiles(weight, 1)
-            rows = quantized(kind, w.format, activations, x)
+            rows = quantised_rows(kind, w.format, activations, x)
             y = first_tile(tile_of(kind, w.format, activations), w, rows, 1, 0)
             want = x[0].astype(np.int64) @ columns.astype(np.int64)
             assert y[0, 0] == pytest.approx(want, rel=2e-7)  # each block's sum becomes a float32
@@ -140,7 +161,7 @@ def test_sums_of_integers_are_exact(kind: isa.ISA, activations: str) -> None:
 def test_activations_are_rounded_to_the_nearest_code(activations: str) -> None:
     x = np.concatenate([normal(3, 96), np.linspace(-1, 1, 3 * 96, dtype=np.float32).reshape(3, 96)])
     x[0, :32], x[1, 32:64] = 0, 1e-35
-    each = [quantized(HOST, "int8", activations, x[r : r + 1]) for r in range(6)]
+    each = [quantised_rows(HOST, "int8", activations, x[r : r + 1]) for r in range(6)]
     chunks = [[part[: len(part) // HOST.tokens] for part in rows] for rows in each]
     codes, scales, starts = map(np.concatenate, zip(*chunks, strict=True))
     passes = 2 if activations == "accurate" else 1
@@ -191,12 +212,7 @@ def test_scales_down_to_the_smallest_are_exact(scale: int) -> None:
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 def test_dense_tiles_are_exact_for_any_columns_and_rows(kind: isa.ISA, columns: int, dtype: Any) -> None:
     name = "bf16" if dtype != np.float32 else "float32"
-    key = isa.key(kind.name, name)
-
-    @njit
-    def run(weights, at, rows, x, row, count, y):  # type: ignore[no-untyped-def]
-        dense_tile(key, weights, at, rows, x, row, count, y)
-
+    run = dense_tile_of(kind, name)
     weight = RNG.integers(-9, 10, (7, columns)).astype(np.float32)
     x = RNG.integers(-9, 10, (6, columns)).astype(np.float32)
     bits = weight.astype(dtype).view(np.uint16 if name == "bf16" else np.uint32)
@@ -213,15 +229,22 @@ def test_dense_products_of_groups_are_those_of_each_row_alone(dtype: Any) -> Non
     weight, x = normal(3, 37, 50).astype(dtype), normal(40, 50)
     groups, starts = np.array([2, 0], np.int32), np.array([0, 1, 40], np.int32)
     added, residual = normal(37), normal(40, 37)
-    y, linear = np.empty((40, 37), np.float32), linear_dense(HOST, name)
-    linear(weight.view(bits), groups, starts, x, added, residual, y, 0)
+
+    def product(groups: Array, starts: Array, x: Array, residual: Array) -> Array:
+        y, steps = np.empty((len(x), 39), np.float32), Steps()
+        sums = np.concatenate([[0, 0], added]).astype(np.float32), np.pad(residual, ((0, 0), (2, 0)))
+        linear_dense(steps, HOST, name, weight.view(bits), groups, starts, x, y, 2, *sums)
+        steps.run()
+        return y[:, 2:]
+
+    y = product(groups, starts, x, residual)
     exact = weight.astype(np.float64)
     for r in range(40):
         want = exact[2 if r == 0 else 0] @ x[r].astype(np.float64) + added + residual[r]
         np.testing.assert_allclose(y[r], want, rtol=0, atol=1e-5)
-    one, again = np.array([0, 1], np.int32), np.empty((1, 37), np.float32)
+    one = np.array([0, 1], np.int32)
     for r in (1, 7, 39):
-        linear(weight.view(bits), groups[1:], one, x[r : r + 1], added, residual[r : r + 1], again, 0)
+        again = product(groups[1:], one, x[r : r + 1], residual[r : r + 1])
         np.testing.assert_array_equal(again[0], y[r])
 
 
@@ -260,8 +283,9 @@ def test_the_router_takes_the_best_and_of_equal_ones_the_first() -> None:
     h, weight, added = normal(9, 64), normal(13, 64), normal(13)
     weight[[2, 11]], added[[2, 11]] = weight[5], 50.0
     added[5] = 50.0
-    ids, weights = np.empty((9, 4), np.int32), np.empty((9, 4), np.float32)
-    make_router(HOST, "float32")(h, weight.view(np.uint32), added, ids, weights)
+    steps = Steps()
+    ids, weights = route(steps, HOST, "float32", h, weight.view(np.uint32), added, 4)
+    steps.run()
     logits = h @ weight.T + added
     np.testing.assert_array_equal(ids[:, :3], np.tile([2, 5, 11], (9, 1)))
     rest = np.delete(logits, [2, 5, 11], axis=1)
@@ -274,7 +298,25 @@ def test_the_router_takes_the_best_and_of_equal_ones_the_first() -> None:
 def test_rms_norm_divides_by_the_root_of_the_mean_square(rows: int) -> None:
     x, weight = normal(rows, 96) * 5, normal(96)
     want = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 0.5) * weight
-    np.testing.assert_allclose(rms_norm(x, weight, 0.5), want, rtol=2e-6, atol=1e-6)
+    steps = Steps()
+    y = rms_norm(steps, x, weight, 0.5)
+    steps.run()
+    np.testing.assert_allclose(y, want, rtol=2e-6, atol=1e-6)
+
+
+@both_activations
+def test_rows_are_normalised_before_they_are_quantised(activations: str) -> None:
+    x, weight, steps = normal(11, 96) * 5, normal(96), Steps()
+    rows = quantized(steps, HOST, "int8", activations, x, (weight, 0.5))
+    y = rms_norm(steps, x, weight, 0.5)
+    want = quantized(steps, HOST, "int8", activations, y)
+    steps.run()
+    slots = np.arange(len(rows[1])) // (HOST.tokens * 3) * HOST.tokens  # the chunk's first row
+    used = slots < 8  # the second chunk has fewer rows than room
+    for got, exact in zip(rows[1:], want[1:], strict=True):
+        np.testing.assert_array_equal(got[used], exact[used])
+    part = len(rows[0]) * used.sum() // len(used)
+    np.testing.assert_array_equal(rows[0][:part], want[0][:part])
 
 
 def test_a_kind_of_cpu_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,13 @@ from gptoss_lite.errors import DeviceError
 from gptoss_lite.kernels.cpu import attention, elementwise, isa, sampling
 from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
 from gptoss_lite.kernels.cpu.experts import experts_packed
-from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
+from gptoss_lite.kernels.cpu.linear import NO_ROWS, NOTHING, linear_dense, linear_packed
+from gptoss_lite.kernels.cpu.program import Rooms, Steps
 from gptoss_lite.kernels.cpu.rope import rotate_and_append
-from gptoss_lite.kernels.cpu.router import make_router
+from gptoss_lite.kernels.cpu.router import route
 from gptoss_lite.ops import cpu_weights
-from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Use, floats, natural
+from gptoss_lite.ops.base import Array, Linear, Network, Norm, Ops, Pending, Use, floats, natural
+from gptoss_lite.ops.cpu_recording import Recording, Recordings, can_be_recorded, owner_of, roomy
 from gptoss_lite.ops.cpu_weights import Tiles
 from gptoss_lite.quant import QTensor
 from gptoss_lite.rope import Rope, rope_tables
@@ -28,7 +30,7 @@ from gptoss_lite.sampling import Draw, Sampled, sample
 # Numba's fallback threading layer aborts the process when two threads enter it at once.
 _ONE_AT_A_TIME = threading.RLock()
 _NO_WINDOW = 2**31 - 1
-_NOTHING, _NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+_FEW = 32  # tokens whose steps are all noted before they are done
 
 
 class CPUOps(Ops):
@@ -69,6 +71,11 @@ class CPUOps(Ops):
         # Eight bits are less than bf16 has, in which queries are multiplied faster where the CPU can.
         is_bf16 = activations == "int8" and attention.takes_bf16(self._isa)
         self._query_dtype = np.uint16 if is_bf16 else np.float32
+        self._rooms = Rooms()
+        self._is_running = False
+        self._noted: Steps | None = None  # steps of a pass of which all are to be done together
+        self._embedded: tuple[Any, Rope, Array, Any] | None = None  # what `embed` was given last, and gave
+        self._recordings = Recordings()
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -77,10 +84,69 @@ class CPUOps(Ops):
             numba.set_num_threads(self.threads)
             yield
 
+    @contextmanager
+    def _steps(self) -> Iterator[Steps]:
+        """Write steps down, to be done at once, or in a forward pass of few tokens with all its others."""
+        if self._noted is not None:
+            yield self._noted
+        else:
+            with self._threads():
+                steps = Steps(self.threads, self._rooms if self._is_running else None)
+                yield steps
+                steps.run()
+
     def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
         """See Ops.run."""
         with self._threads():
-            return super().run(network, batch, cache)
+            return self._forward(network, batch, cache).copy()
+
+    def begin(self, network: Network, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
+        """See Ops.begin."""
+        with self._threads():
+            drawn = self.sample(self._forward(network, batch, cache), draws)
+        return lambda: drawn
+
+    def _forward(self, network: Network, batch: Batch, cache: KVCache) -> Array:
+        """Compute a forward pass -> its logits, which the next pass may overwrite."""
+        if len(batch.tokens) > _FEW:  # so that an interrupt need not wait for all layers
+            return self._compute(network, batch, cache, None)
+        if not can_be_recorded(network, batch):
+            return self._compute(network, batch, cache, Steps(self.threads, self._rooms))
+        recording = self._recordings.find(network, batch, cache)
+        if recording is None:
+            return self._record(network, batch, cache)
+        x, rotation = self.embed(*recording.embedding, recording.batch)
+        for place, values in zip(recording.embedded, (x, *rotation), strict=True):
+            place[:] = values
+        recording.program.run()
+        return recording.logits
+
+    def _record(self, network: Network, batch: Batch, cache: KVCache) -> Array:
+        """Compute a forward pass, and keep what is done for later ones of its shape."""
+        batch, noted = roomy(batch), Steps(self.threads, self._rooms)
+        logits = self._compute(network, batch, cache, noted)
+        if noted.last is not None and noted.runs == 1:  # nothing hung on what steps before it came to
+            assert self._embedded is not None
+            table, rope, x, rotation = self._embedded
+            owner = owner_of(network)
+            recording = Recording(owner, batch, (table, rope), (x, *rotation), noted.last, logits)
+            self._recordings.keep(cache, recording)
+        self._embedded = None
+        return logits
+
+    def _compute(self, network: Network, batch: Batch, cache: KVCache, noted: Steps | None) -> Array:
+        """Compute a forward pass; where there is something to note steps in, all at once if they can be."""
+        moves = self._rooms.moves
+        self._noted, self._is_running = noted, True
+        try:
+            logits: Array = network(batch, cache)
+            if noted is not None:
+                noted.run()
+        finally:
+            self._noted, self._is_running = None, False
+        if self._rooms.moves > moves:  # what is recorded writes to rooms that there were before
+            self._recordings.forget()
+        return logits
 
     def prepare(self, tensor: Array | QTensor, use: Use) -> Any:
         """Bring what is quantised into tiles, unless it is in them; keep what is dense, or quantise it.
@@ -109,10 +175,14 @@ class CPUOps(Ops):
     def embed(self, table: Any, rope: Rope, batch: Batch) -> tuple[Array, Any]:
         """See Ops.embed; a table that is not quantised holds the bits of bf16 or float32."""
         if isinstance(table, QTensor):
-            return super().embed(table, rope, batch)
-        shift = 32 - 8 * table.itemsize
-        x = (table[batch.tokens].astype(np.uint32) << np.uint32(shift)).view(np.float32)
-        return x, rope_tables(rope, batch.positions)
+            x, rotation = super().embed(table, rope, batch)
+        else:
+            shift = 32 - 8 * table.itemsize
+            x = (table[batch.tokens].astype(np.uint32) << np.uint32(shift)).view(np.float32)
+            rotation = rope_tables(rope, batch.positions)
+        if self._noted is not None:
+            self._embedded = table, rope, x, rotation
+        return x, rotation
 
     def qkv(
         self, x: Array, norm: Norm, w: Linear, rotation: Any, cache: KVCache, layer: int,
@@ -121,10 +191,14 @@ class CPUOps(Ops):
         """See Ops.qkv."""
         keys, values = cache.keys[layer], cache.values[layer]
         Hk, _, D = keys.shape[1:]
-        projected = self._linear(rms_norm(x, norm.weight, norm.eps), w)
-        q = np.empty((len(x), projected.shape[1] // D - 2 * Hk, D), self._query_dtype)
-        cos, sin = rotation
-        rotate_and_append(projected, cos, sin, *batch.slots(table), q, keys, values)
+        with self._steps() as steps:
+            projected = self._linear(steps, "projected", x, w, norm)
+            shape = len(x), projected.shape[1] // D - 2 * Hk, D
+            q = steps.room("queries", shape, self._query_dtype)
+            cos, sin = rotation
+            rotate_and_append(
+                steps, projected, cos, sin, table, batch.sequence, batch.positions, q, keys, values
+            )
         return q
 
     def attention(
@@ -132,23 +206,26 @@ class CPUOps(Ops):
         window: int | None,
     ) -> Array:  # fmt: skip
         """See Ops.attention."""
-        out = np.empty(q.shape, np.float32)
-        attention.attention(
-            q, cache.keys[layer], cache.values[layer], table, batch.sequence, batch.positions, sinks,
-            window or _NO_WINDOW, q.shape[2] ** -0.5, out,
-        )  # fmt: skip
+        with self._steps() as steps:
+            out = steps.room("attended", q.shape)
+            attention.attention(
+                steps, q, cache.keys[layer], cache.values[layer], table, batch.sequence, batch.positions,
+                sinks, window or _NO_WINDOW, q.shape[2] ** -0.5, out,
+            )  # fmt: skip
         return out
 
     def out_proj(self, a: Array, w: Linear, x: Array) -> Array:
         """See Ops.out_proj."""
-        return self._linear(a.reshape(len(a), -1), w, x)
+        with self._steps() as steps:
+            return self._linear(steps, "with attention", a.reshape(len(a), -1), w, residual=x)
 
     def route(self, x: Array, norm: Norm, router: Linear, k: int) -> tuple[Array, Array, Array]:
         """See Ops.route."""
-        h = rms_norm(x, norm.weight, norm.eps)
-        ids, weights = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32)
-        route = make_router(self._isa, cpu_weights.name_of(router.weight))
-        route(h, router.weight, router.bias, ids, weights)
+        assert router.bias is not None
+        with self._steps() as steps:
+            h = rms_norm(steps, x, norm.weight, norm.eps)
+            name = cpu_weights.name_of(router.weight)
+            ids, weights = route(steps, self._isa, name, h, router.weight, router.bias, k)
         return h, ids, weights
 
     def experts(
@@ -156,77 +233,103 @@ class CPUOps(Ops):
     ) -> Array:
         """See Ops.experts."""
         up, back = gate_up.weight, down.weight
-        if not isinstance(up, Tiles) or not isinstance(back, Tiles):
-            return self._dense_experts(h, ids, weights, gate_up, down, limit, x)
-        out = np.empty_like(x)
-        experts = experts_packed(self._isa, up.format, back.format, self.activations)
-        experts(
-            h, ids, weights,
-            up.records, up.code_bytes, up.groups, up.group_blocks, up.is_fp16, gate_up.bias,
-            back.records, back.code_bytes, back.groups, back.group_blocks, back.is_fp16, down.bias,
-            limit, x, out,
-        )  # fmt: skip
+        assert gate_up.bias is not None and down.bias is not None
+        with self._steps() as steps:
+            out = steps.room("with experts", x.shape)
+            if isinstance(up, Tiles) and isinstance(back, Tiles):
+                experts_packed(
+                    steps, self._isa, (up.format, back.format), self.activations, h, ids, weights,
+                    up.packed(), gate_up.bias, back.packed(), down.bias, limit, x, out,
+                )  # fmt: skip
+            else:
+                self._dense_experts(steps, h, ids, weights, gate_up, down, limit, x, out)
         return out
 
     def _dense_experts(
-        self, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear, limit: float, x: Array
-    ) -> Array:
+        self, steps: Steps, h: Array, ids: Array, weights: Array, gate_up: Linear, down: Linear,
+        limit: float, x: Array, out: Array,
+    ) -> None:  # fmt: skip
         """Compute experts of which at least one stack is dense; rows are sorted by expert."""
         assert gate_up.bias is not None and down.bias is not None
+        steps.run()  # for their order hangs on what was chosen
         order = np.argsort(ids, axis=None, kind="stable")
         expert = ids.ravel()[order]  # (R,), R = T * k
-        rows = np.empty(ids.size, np.int32)
-        rows[order] = np.arange(ids.size, dtype=np.int32)
+        places = np.empty(ids.size, np.int64)
+        places[order] = np.arange(ids.size)
         groups, counts = np.unique(expert, return_counts=True)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
-        up = self._grouped(h[order // ids.shape[1]], gate_up.weight, groups, starts)
-        inner = np.empty((len(up), up.shape[1] // 2), np.float32)
-        elementwise.swiglu(up, gate_up.bias, expert, limit, inner)
-        y = self._grouped(inner, down.weight, groups, starts)
-        out = np.empty_like(x)
-        elementwise.combine(x, y, down.bias, expert, rows.reshape(ids.shape), weights, out)
-        return out
+        up = self._grouped(steps, "gate_up", h[order // ids.shape[1]], gate_up.weight, groups, starts)
+        inner = steps.room("inner", (len(up), up.shape[1] // 2))
+        elementwise.swiglu(steps, up, gate_up.bias, expert, limit, inner)
+        y = self._grouped(steps, "down", inner, down.weight, groups, starts)
+        elementwise.combine(steps, x, y, down.bias, ids, places, weights, out)
 
     def logits(self, x: Array, norm: Norm, lm_head: Linear, batch: Batch) -> Array:
         """See Ops.logits."""
-        return self._linear(rms_norm(x[batch.rows], norm.weight, norm.eps), lm_head)
+        with self._steps() as steps:
+            if len(batch.rows) < len(x):
+                steps.run()
+                x = x[batch.rows]
+            return self._linear(steps, "logits", x, lm_head, norm)
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""
         return sample(logits, draws, sampling)
 
-    def _linear(self, x: Array, w: Linear, residual: Array = _NO_ROWS) -> Array:
-        """Compute residual + x @ weight.T + bias, x float32 (R, K)."""
-        weight, added = w.weight, _NOTHING if w.bias is None else w.bias
+    def _linear(
+        self, steps: Steps, name: str, x: Array, w: Linear, norm: Norm | None = None,
+        residual: Array = NO_ROWS,
+    ) -> Array:  # fmt: skip
+        """Compute residual + x @ weight.T + bias, x float32 (R, K), which a norm may come before."""
+        weight, added = w.weight, NOTHING if w.bias is None else w.bias
         parts: tuple[Any, ...] = weight if isinstance(weight, tuple) else (weight,)
         rows = [part.rows if isinstance(part, Tiles) else len(part) for part in parts]
-        y = np.empty((len(x), sum(rows)), np.float32)
+        y = steps.room(name, (len(x), sum(rows)))
         if not len(x):  # no row's logits are wanted: spare the reading of the weights
             return y
         if isinstance(weight, Tiles):
-            self._product(weight, weight.records, x, added, residual, y)
+            before = None if norm is None else (norm.weight, norm.eps)
+            quantised = quantized(steps, self._isa, weight.format, self.activations, x, before)
+            linear_packed(
+                steps,
+                self._isa,
+                weight.format,
+                self.activations,
+                weight.packed(),
+                quantised,
+                y,
+                added,
+                residual,
+            )
             return y
+        if norm is not None:
+            x = rms_norm(steps, x, norm.weight, norm.eps)
         one_group, all_rows, column = np.zeros(1, np.int32), np.array([0, len(x)], np.int32), 0
         for part, count in zip(parts, rows, strict=True):
-            linear = linear_dense(self._isa, cpu_weights.name_of(part))
-            linear(part[None], one_group, all_rows, x, added, residual, y, column)
+            linear_dense(
+                steps, self._isa, cpu_weights.name_of(part), part[None], one_group, all_rows, x, y, column,
+                added, residual,
+            )  # fmt: skip
             column += count
         return y
 
-    def _grouped(self, x: Array, weight: Any, groups: Array, starts: Array) -> Array:
+    def _grouped(self, steps: Steps, name: str, x: Array, weight: Any, groups: Array, starts: Array) -> Array:
         """Multiply rows starts[g]:starts[g + 1] of x (R, K) with weight[groups[g]] (N, K) -> (R, N)."""
         N = weight.rows if isinstance(weight, Tiles) else weight.shape[1]
-        y = np.empty((len(x), N), np.float32)
+        y = steps.room(name, (len(x), N))
         if isinstance(weight, Tiles):
             for group, start, end in zip(groups, starts, starts[1:], strict=False):
-                self._product(weight, weight.records[group], x[start:end], _NOTHING, _NO_ROWS, y[start:end])
+                quantised = quantized(steps, self._isa, weight.format, self.activations, x[start:end])
+                linear_packed(
+                    steps,
+                    self._isa,
+                    weight.format,
+                    self.activations,
+                    weight.packed(group),
+                    quantised,
+                    y[start:end],
+                )
         else:
-            linear = linear_dense(self._isa, cpu_weights.name_of(weight))
-            linear(weight, groups, starts, x, _NOTHING, _NO_ROWS, y, 0)
+            linear_dense(steps, self._isa, cpu_weights.name_of(weight), weight, groups, starts, x, y)
         return y
-
-    def _product(self, w: Tiles, record: Array, x: Array, added: Array, residual: Array, y: Array) -> None:
-        linear = linear_packed(self._isa, w.format, self.activations)
-        rows = quantized(self._isa, w.format, self.activations, x)
-        linear(record, w.code_bytes, w.groups, w.group_blocks, w.is_fp16, *rows, added, residual, y)

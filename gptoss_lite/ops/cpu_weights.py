@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gptoss_lite.kernels.cpu import records
 from gptoss_lite.kernels.cpu.layout import TILE_ROWS, Layout
+from gptoss_lite.kernels.cpu.linear import Packed
 from gptoss_lite.ops.base import Array
 from gptoss_lite.packing import CPU_TILES, PackedTensor, cpu_layout, pack_tiles
 from gptoss_lite.quant import QTensor, codecs
@@ -48,6 +49,11 @@ class Tiles:
         return cls(
             name, read_only(tensor.data), form.code_bytes, form.row_scales, group_blocks, is_fp16, rows
         )
+
+    def packed(self, index: int | None = None) -> Packed:
+        """Give what kernels take of it: of all, or of one matrix of a stack."""
+        records = self.records if index is None else self.records[index]
+        return records, self.code_bytes, self.groups, self.group_blocks, self.is_fp16
 
 
 Dense: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]  # the bits of bf16, of float32

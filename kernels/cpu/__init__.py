@@ -1,4 +1,4 @@
-"""Numba kernels; each parallel loop gives the same bits whatever the number of threads."""
+"""Numba kernels; each gives the same bits whatever the number of threads."""
 
 from typing import Any, TypeAlias
 

@@ -7,23 +7,47 @@ rows than they have room for, and what the room left holds does not matter.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 
 from gptoss_lite.kernels.cpu import Array, isa
 from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+from gptoss_lite.kernels.cpu.program import Steps
+from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
 
 BLOCK = 32
-MANY = 8  # rows from which on it pays to prepare them in parallel
 _SMALLEST = 0x0D000000  # bits of about 4e-31: a block of smaller values is all zeros
 
+_ROWS = 4  # that a task normalises
 _LANES = 16  # of a vector, which a CPU with shorter registers computes in parts
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS, _BYTES = (ir.VectorType(kind, _LANES) for kind in (_I32, _F32, ir.IntType(8)))
+
+_NORMALISE = Operands(
+    array(types.float32, 2),  # x
+    array(types.float32, 1),  # weight
+    types.float64,  # eps
+    array(types.float32, 2),  # y
+)
+_read_normalise = _NORMALISE.read
+_QUANTISE = Operands(
+    array(types.float32, 2),  # x
+    array(types.float32, 1),  # weight of the norm; none without one
+    types.float64,  # eps
+    types.int64,  # wide
+    types.int64,  # passes
+    types.float64,  # unit
+    types.int64,  # bias
+    array(types.int8, 1),  # codes
+    array(types.float32, 1),  # scales
+    array(types.int32, 1),  # starts
+)
+_read_quantise = _QUANTISE.read
 
 
 def operand(kind: isa.ISA, format: str, activations: str) -> tuple[int, float, int]:
@@ -32,48 +56,62 @@ def operand(kind: isa.ISA, format: str, activations: str) -> tuple[int, float, i
     return (passes, 0.5, kind.mxfp4_bias) if format == "mxfp4" else (passes, 1.0, kind.int8_bias)
 
 
-def quantized(kind: isa.ISA, format: str, activations: str, x: Array) -> tuple[Array, Array, Array]:
+def quantized(
+    steps: Steps,
+    kind: isa.ISA,
+    format: str,
+    activations: str,
+    x: Array,
+    norm: tuple[Array, float] | None = None,
+) -> tuple[Array, Array, Array]:
     """Quantise rows x float32 (R, K) for weights of a format -> codes, scales and starts, see `quantize`.
 
     They lie in chunks of as many as a tile of this ISA multiplies at once: row r is in the chunk that begins
-    at slot r // tokens * tokens.
+    at slot r // tokens * tokens. norm: weight and eps of an RMSNorm that they go through before, see
+    `rms_norm`.
     """
     wide = kind.tokens
     passes, unit, bias = operand(kind, format, activations)
-    rows, columns = -(-len(x) // wide) * wide, x.shape[1]
-    codes = np.empty(rows * columns * passes, np.int8)
-    scales = np.empty(rows * columns // BLOCK, np.float32)
-    starts = np.empty(rows * columns // BLOCK, np.int32)
-    _quantize_rows(x, wide, passes, unit, bias, codes, scales, starts)
+    chunks, columns = -(-len(x) // wide), x.shape[1]
+    codes = steps.room("codes", (chunks * wide * columns * passes,), np.int8)
+    scales = steps.room("scales", (chunks * wide * columns // BLOCK,))
+    starts = steps.room("starts", scales.shape, np.int32)
+    weight, eps = (np.zeros(0, np.float32), 0.0) if norm is None else norm
+    steps.add(
+        _make_quantise(), chunks, _QUANTISE, x, weight, eps, wide, passes, unit, bias, codes, scales, starts
+    )
     return codes, scales, starts
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(steps: Steps, x: Array, weight: Array, eps: float) -> Array:
     """Compute x / sqrt(mean(x^2) + eps) * weight; x float32 (R, K), weight float32 (K,)."""
-    y = np.empty_like(x)
-    _normalise_rows(x, weight, eps, y)
+    y = steps.room("normalised", x.shape)
+    steps.add(_make_normalise(), -(-len(x) // _ROWS), _NORMALISE, x, weight, eps, y)
     return y
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
-def _normalise(x, row, weight, eps, y):  # type: ignore[no-untyped-def]
+def _normalise(x, row, weight, eps, y, target):  # type: ignore[no-untyped-def]
     K = len(weight)
     squares = np.float32(0)
     for k in range(K):
         squares += x[row, k] * x[row, k]
     factor = np.float32(1.0 / math.sqrt(squares / K + eps))
     for k in range(K):
-        y[row, k] = x[row, k] * factor * weight[k]
+        y[target, k] = x[row, k] * factor * weight[k]
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def _normalise_rows(x: Array, weight: Array, eps: float, y: Array) -> None:
-    if len(x) < MANY:
-        for r in range(len(x)):
-            _normalise(x, r, weight, eps, y)
-    else:
-        for r in prange(len(x)):
-            _normalise(x, r, weight, eps, y)
+@cache
+def _make_normalise() -> Any:
+    key = isa.key()
+
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def normalise(place, task, worker):  # type: ignore[no-untyped-def]
+        x, weight, eps, y = _read_normalise(key, place)
+        for r in range(task * _ROWS, min((task + 1) * _ROWS, len(x))):
+            _normalise(x, r, weight, eps, y, r)
+
+    return normalise
 
 
 @writes_ir
@@ -159,22 +197,23 @@ def room_for(rows: int, wide: int) -> int:
     return min(4, wide) if rows <= 4 else wide
 
 
-@njit(boundscheck=False)
-def _quantize_chunk(x, first, wide, passes, unit, bias, codes, scales, starts):  # type: ignore[no-untyped-def]
-    rows = min(wide, len(x) - first)
-    room, place = room_for(rows, wide), first * (x.shape[1] // BLOCK)
-    for t in range(rows):
-        quantize(x, first + t, passes, unit, bias, codes, scales, starts, place + t, room)
+@cache
+def _make_quantise() -> Any:
+    key = isa.key()
 
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def quantise(place, task, worker):  # type: ignore[no-untyped-def]
+        """Quantise a chunk of rows."""
+        x, weight, eps, wide, passes, unit, bias, codes, scales, starts = _read_quantise(key, place)
+        first, K = task * wide, x.shape[1]
+        rows = min(wide, len(x) - first)
+        room, slot = room_for(rows, wide), first * (K // BLOCK)
+        normalised = np.empty((1, len(weight)), np.float32)
+        for t in range(rows):
+            if len(weight):
+                _normalise(x, first + t, weight, eps, normalised, 0)
+                quantize(normalised, 0, passes, unit, bias, codes, scales, starts, slot + t, room)
+            else:
+                quantize(x, first + t, passes, unit, bias, codes, scales, starts, slot + t, room)
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def _quantize_rows(
-    x: Array, wide: int, passes: int, unit: float, bias: int, codes: Array, scales: Array, starts: Array
-) -> None:
-    chunks = (len(x) + wide - 1) // wide
-    if len(x) < MANY:
-        for c in range(chunks):
-            _quantize_chunk(x, c * wide, wide, passes, unit, bias, codes, scales, starts)
-    else:
-        for c in prange(chunks):
-            _quantize_chunk(x, c * wide, wide, passes, unit, bias, codes, scales, starts)
+    return quantise

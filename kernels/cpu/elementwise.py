@@ -1,16 +1,39 @@
-"""The small steps between the products: clamped SwiGLU, and the sum over dense experts."""
+"""The small steps between the products: clamped SwiGLU, and the sum over experts."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import cfunc, types
 
-from gptoss_lite.kernels.cpu import Array
+from gptoss_lite.kernels.cpu import Array, isa
 from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+from gptoss_lite.kernels.cpu.program import Steps
+from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
 
 PAIRS = 16  # gates and ups that SwiGLU takes at once
+_TOKENS, _COLUMNS = 16, 1024  # that are combined in a task
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), PAIRS), ir.VectorType(ir.IntType(32), PAIRS)
+
+_SWIGLU = Operands(
+    array(types.float32, 2),  # x
+    array(types.float32, 2),  # bias
+    array(types.int32, 1),  # expert
+    types.float64,  # limit
+    array(types.float32, 2),  # y
+)
+_read_swiglu = _SWIGLU.read
+_COMBINE = Operands(
+    array(types.float32, 2),  # x
+    array(types.float32, 2),  # y
+    array(types.float32, 2),  # bias
+    array(types.int32, 2),  # ids
+    array(types.int64, 1),  # places
+    array(types.float32, 2),  # weights
+    array(types.float32, 2),  # out
+)
+_read_combine = _COMBINE.read
 
 
 @writes_ir
@@ -72,14 +95,36 @@ def _multiply_add(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return call(b, "llvm.fmuladd.v16f32", _FLOATS, x, y, z)
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def swiglu(x: Array, bias: Array, expert: Array, limit: float, y: Array) -> None:
+def swiglu(steps: Steps, x: Array, bias: Array, expert: Array, limit: float, y: Array) -> None:
     """Write clamped SwiGLU of interleaved gate and up columns.
 
     x float32 (R, 2 I), bias float32 (E, 2 I), expert int32 (R,) whose bias each row takes, y float32 (R, I).
     """
-    R, inner = y.shape
-    for r in prange(R):
+    steps.add(_make_swiglu(), len(x), _SWIGLU, x, bias, expert, limit, y)
+
+
+def combine(
+    steps: Steps, x: Array, y: Array, bias: Array, ids: Array, places: Array, weights: Array, out: Array
+) -> None:
+    """Add to each token the weighted results of its experts, in the order of the router's choice.
+
+    x and out float32 (T, K), y float32 (R, K), bias float32 (E, K), ids int32 (T, k), places int64 (T * k,):
+    which row of `y` holds choice c of token t, weights float32 (T, k).
+    """
+    T, K = x.shape
+    tasks = -(-T // _TOKENS) * -(-K // _COLUMNS)
+    steps.add(_make_combine(), tasks, _COMBINE, x, y, bias, ids, places, weights, out)
+
+
+@cache
+def _make_swiglu() -> Any:
+    key = isa.key()
+
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def gate(place, r, worker):  # type: ignore[no-untyped-def]
+        """Take a row."""
+        x, bias, expert, limit, y = _read_swiglu(key, place)
+        inner = y.shape[1]
         pairs, added = np.zeros(2 * PAIRS, np.float32), np.zeros(2 * PAIRS, np.float32)
         found = np.empty(PAIRS, np.float32)
         for first in range(0, inner, PAIRS):
@@ -90,19 +135,30 @@ def swiglu(x: Array, bias: Array, expert: Array, limit: float, y: Array) -> None
             for i in range(count):
                 y[r, first + i] = found[i]
 
+    return gate
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def combine(x: Array, y: Array, bias: Array, expert: Array, rows: Array, weights: Array, out: Array) -> None:
-    """Add to each token the weighted results of its experts, in the order of the router's choice.
 
-    x and out float32 (T, K), y float32 (R, K), bias float32 (E, K), expert int32 (R,), rows int32 (T, k):
-    which row of `y` holds choice c of token t, weights float32 (T, k).
-    """
-    T, K = x.shape
-    for t in prange(T):
-        for k in range(K):
-            total = np.float32(0)
-            for c in range(rows.shape[1]):
-                r = rows[t, c]
-                total += weights[t, c] * (y[r, k] + bias[expert[r], k])
-            out[t, k] = x[t, k] + total
+@cache
+def _make_combine() -> Any:
+    key = isa.key()
+
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def add(place, task, worker):  # type: ignore[no-untyped-def]
+        """Take some columns of some tokens."""
+        x, y, bias, ids, places, weights, out = _read_combine(key, place)
+        T, K = x.shape
+        k = ids.shape[1]
+        parts = (K + _COLUMNS - 1) // _COLUMNS
+        first, begin = task // parts * _TOKENS, task % parts * _COLUMNS
+        end = min(begin + _COLUMNS, K)
+        for t in range(first, min(first + _TOKENS, T)):
+            for n in range(begin, end):
+                out[t, n] = np.float32(0)
+            for c in range(k):
+                r, e, weight = places[t * k + c], ids[t, c], weights[t, c]
+                for n in range(begin, end):
+                    out[t, n] += weight * (y[r, n] + bias[e, n])
+            for n in range(begin, end):
+                out[t, n] += x[t, n]
+
+    return add

@@ -1,22 +1,91 @@
 """Products of rows of activations with one matrix, or with a stack of dense ones.
 
-A weight is read once a call, however many rows there are, and a result's arithmetic depends on nothing else
-in the call, nor on the number of threads. Kernels are made for a kind of CPU, and compiled at first use.
+A weight is read once a step, however many rows there are, and a result's arithmetic depends on nothing else
+in the step, nor on the number of threads. Kernels are made for a kind of CPU, and compiled at first use.
 """
 
-from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeAlias
 
 import numpy as np
-from numba import njit, prange
+from numba import cfunc, njit, types
 
-from gptoss_lite.kernels.cpu import isa
+from gptoss_lite.kernels.cpu import Array, isa
 from gptoss_lite.kernels.cpu.activations import room_for
+from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.tile import DENSE_ROWS, ROWS, dense_tile, dense_tokens, tile
+from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
+
+Packed: TypeAlias = tuple[Array, int, int, int, bool]
 
 SPAN = 4  # tiles of packed weights in a task
 _DENSE_SPAN = 32  # rows of dense weights in a task
+_FEW = 8  # tasks that a small matrix is divided into, if it is large enough
 _CACHED_ROWS = 16  # rows of float32 activations that stay in the second-level cache
+NOTHING, NO_ROWS = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+
+_PACKED = Operands(
+    array(types.uint8, 1),  # record
+    types.int64,  # code bytes
+    types.int64,  # groups
+    types.int64,  # blocks in a group
+    types.boolean,  # is_fp16
+    array(types.int8, 1),  # codes
+    array(types.float32, 1),  # scales
+    array(types.int32, 1),  # starts
+    array(types.float32, 1),  # added
+    array(types.float32, 2),  # residual
+    array(types.float32, 2),  # y
+)
+_read_packed = _PACKED.read
+
+
+_DENSE = Operands(
+    array(types.uint8, 3),  # bytes of the weight
+    array(types.int32, 1),  # groups
+    array(types.int32, 1),  # starts
+    array(types.float32, 2),  # x
+    array(types.float32, 1),  # added
+    array(types.float32, 2),  # residual
+    array(types.float32, 2),  # y
+    types.int64,  # column
+    types.int64,  # span
+)
+_read_dense = _DENSE.read
+
+
+def linear_packed(
+    steps: Steps, kind: isa.ISA, format: str, activations: str, weight: Packed,
+    rows: tuple[Array, Array, Array], y: Array, added: Array = NOTHING, residual: Array = NO_ROWS,
+) -> None:  # fmt: skip
+    """Write y = x @ weight.T + added + residual.
+
+    format: "mxfp4" or "int8". activations: "accurate", in 16 bits, or "int8". weight: a record uint8 (bytes,)
+    in layout cpu-r16-v1; bytes of codes, after which scales lie; scales of a row, blocks of 32 columns that
+    share one, and whether they are fp16. rows: x, as `quantized` returns it for these. added float32 (N,),
+    residual and y float32 (R, N).
+    """
+    tasks = -(-y.shape[1] // (ROWS * SPAN))
+    work = _make_packed(kind, format, activations)
+    steps.add(work, tasks, _PACKED, *weight, *rows, added, residual, y)
+
+
+def linear_dense(
+    steps: Steps, kind: isa.ISA, format: str, weight: Array, groups: Array, starts: Array, x: Array, y: Array,
+    column: int = 0, added: Array = NOTHING, residual: Array = NO_ROWS,
+) -> None:  # fmt: skip
+    """Write y[r] = weight[groups[g]] @ x[r] + added + residual[r] for r in starts[g]:starts[g + 1].
+
+    The results are columns of y, and of what is added, from `column` on. format: "bf16" or "float32", whose
+    bits weight (E, N, K) holds as uint16 or uint32. groups int32 (G,), starts int32 (G + 1,), x float32 (R,
+    K). The others as in the product with packed weights.
+    """
+    N = weight.shape[1]
+    span = max(DENSE_ROWS, min(_DENSE_SPAN, N // _FEW // DENSE_ROWS * DENSE_ROWS))
+    steps.add(
+        _make_dense(kind, format), len(groups) * -(-N // span), _DENSE,
+        weight.view(np.uint8), groups, starts, x, added, residual, y, column, span,
+    )  # fmt: skip
 
 
 @njit(boundscheck=False)
@@ -33,69 +102,51 @@ def _write(out, added, residual, first, rows, column, columns, y):  # type: igno
 
 
 @cache
-def linear_packed(kind: isa.ISA, format: str, activations: str) -> Callable[..., None]:
-    """Make the product with a matrix in layout cpu-r16-v1.
-
-    format: "mxfp4" or "int8". activations: "accurate", in 16 bits, or "int8".
-    """
+def _make_packed(kind: isa.ISA, format: str, activations: str) -> Any:
     key, wide = isa.key(kind.name, format, activations), kind.tokens
     scale_bytes = 1 if format == "mxfp4" else 2
 
-    @njit(parallel=True, cache=True, boundscheck=False)
-    def linear(  # type: ignore[no-untyped-def]
-        record, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, added, residual, y
-    ):
-        """Write y = x @ weight.T + added + residual.
-
-        record uint8 (bytes,): codes, and after code_bytes of them scales, `groups` a row, each of
-        group_blocks * 32 columns. codes, scales, starts: x, as `quantized` returns it. added float32 (N,) or
-        (0,), residual (R, N) or (0, 0), y float32 (R, N).
-        """
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def multiply(place, task, worker):  # type: ignore[no-untyped-def]
+        (
+            record, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, added, residual, y,
+        ) = _read_packed(key, place)  # fmt: skip
         R = len(y)
         tiles = (y.shape[1] + ROWS - 1) // ROWS
         tile_codes, tile_scales = code_bytes // tiles, groups * ROWS * scale_bytes
-        for task in prange((tiles + SPAN - 1) // SPAN):
-            out = np.empty((wide, ROWS), np.float32)
-            for index in range(task * SPAN, min((task + 1) * SPAN, tiles)):
-                for row in range(0, R, wide):
-                    rows = min(wide, R - row)
-                    tile(
-                        key, room_for(rows, wide), record, index * tile_codes,
-                        code_bytes + index * tile_scales, is_fp16, codes, scales, starts, row, out, 0,
-                        groups, group_blocks,
-                    )  # fmt: skip
-                    columns = min(ROWS, y.shape[1] - index * ROWS)
-                    _write(out, added, residual, row, rows, index * ROWS, columns, y)
+        out = np.empty((wide, ROWS), np.float32)
+        for index in range(task * SPAN, min((task + 1) * SPAN, tiles)):
+            for row in range(0, R, wide):
+                rows = min(wide, R - row)
+                tile(
+                    key, room_for(rows, wide), record, index * tile_codes, code_bytes + index * tile_scales,
+                    is_fp16, codes, scales, starts, row, out, 0, groups, group_blocks,
+                )  # fmt: skip
+                columns = min(ROWS, y.shape[1] - index * ROWS)
+                _write(out, added, residual, row, rows, index * ROWS, columns, y)
 
-    return linear
+    return multiply
 
 
 @cache
-def linear_dense(kind: isa.ISA, format: str) -> Callable[..., None]:
-    """Make the product with dense matrices; format: "bf16" or "float32"."""
+def _make_dense(kind: isa.ISA, format: str) -> Any:
     key, wide = isa.key(kind.name, format), dense_tokens(kind)
 
-    @njit(parallel=True, cache=True, boundscheck=False)
-    def linear(weight, groups, starts, x, added, residual, y, column):  # type: ignore[no-untyped-def]
-        """Write y[r] = weight[groups[g]] @ x[r] + added + residual[r] for r in starts[g]:starts[g + 1].
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def multiply(place, task, worker):  # type: ignore[no-untyped-def]
+        weight, groups, starts, x, added, residual, y, column, span = _read_dense(key, place)
+        N, K = weight.shape[1], x.shape[1]
+        tasks = (N + span - 1) // span
+        group, first = task // tasks, task % tasks * span
+        out = np.empty((wide, DENSE_ROWS), np.float32)
+        for begin in range(starts[group], starts[group + 1], _CACHED_ROWS):
+            end = min(begin + _CACHED_ROWS, starts[group + 1])
+            for n in range(first, min(first + span, N), DENSE_ROWS):
+                at = (groups[group] * N + n) * K
+                for r in range(begin, end, wide):
+                    count = min(wide, end - r)
+                    rows = min(DENSE_ROWS, N - n)
+                    dense_tile(key, weight, at, rows, x, r, count, out)
+                    _write(out, added, residual, r, count, column + n, rows, y)
 
-        The results are columns of y, and of what is added, from `column` on. weight (E, N, K) holding the
-        bits of bf16 as uint16 or of float32 as uint32, groups int32 (G,), starts int32 (G + 1,), x float32
-        (R, K). The others as in the product with packed weights.
-        """
-        N, K = weight.shape[1:]
-        tasks = (N + _DENSE_SPAN - 1) // _DENSE_SPAN
-        for task in prange(len(groups) * tasks):
-            group, first = task // tasks, task % tasks * _DENSE_SPAN
-            out = np.empty((wide, DENSE_ROWS), np.float32)
-            for begin in range(starts[group], starts[group + 1], _CACHED_ROWS):
-                end = min(begin + _CACHED_ROWS, starts[group + 1])
-                for n in range(first, min(first + _DENSE_SPAN, N), DENSE_ROWS):
-                    at = (groups[group] * N + n) * K
-                    for r in range(begin, end, wide):
-                        count = min(wide, end - r)
-                        rows = min(DENSE_ROWS, N - n)
-                        dense_tile(key, weight, at, rows, x, r, count, out)
-                        _write(out, added, residual, r, count, column + n, rows, y)
-
-    return linear
+    return multiply

@@ -1,26 +1,54 @@
-"""The router: its product, and the choice of the best experts; a token is a task."""
+"""The router: its product, and the choice of the best experts."""
 
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import cfunc, njit, types
 
-from gptoss_lite.kernels.cpu import isa
-from gptoss_lite.kernels.cpu.tile import DENSE_ROWS, dense_tile
+from gptoss_lite.kernels.cpu import Array, isa
+from gptoss_lite.kernels.cpu.linear import linear_dense
+from gptoss_lite.kernels.cpu.program import Steps
+from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
+
+_TOKENS = 8  # in a task
+
+_CHOOSE = Operands(
+    array(types.float32, 2),  # logits
+    array(types.int32, 2),  # ids
+    array(types.float32, 2),  # weights
+)
+_read = _CHOOSE.read
+
+
+def route(
+    steps: Steps, kind: isa.ISA, format: str, h: Array, weight: Array, added: Array, k: int
+) -> tuple[Array, Array]:
+    """Choose each token's experts, the best first -> ids int32 and their shares, weights float32 (T, k).
+
+    format: "bf16" or "float32". h float32 (T, hidden), normalised, weight (E, hidden) the bits of bf16 as
+    uint16 or of float32 as uint32, added float32 (E,).
+    """
+    T = len(h)
+    logits = steps.room("router", (T, len(weight)))
+    ids, weights = steps.room("chosen", (T, k), np.int32), steps.room("shares", (T, k))
+    one_group, all_rows = np.zeros(1, np.int32), np.array([0, T], np.int32)
+    linear_dense(steps, kind, format, weight[None], one_group, all_rows, h, logits, added=added)
+    steps.add(_make_choose(), -(-T // _TOKENS), _CHOOSE, logits, ids, weights)
+    return ids, weights
 
 
 @njit(boundscheck=False)
-def _choose(logits, t, ids, weights):  # type: ignore[no-untyped-def]
-    """Take the best of logits (E,), of equal ones the first, and their softmax; logits are spoilt."""
-    k = ids.shape[1]
+def _best(logits, t, ids, weights):  # type: ignore[no-untyped-def]
+    """Take the best of logits[t], of equal ones the first, and their softmax; logits are spoilt."""
+    E, k = logits.shape[1], ids.shape[1]
     for c in range(k):
         best = 0
-        for e in range(1, len(logits)):
-            if logits[e] > logits[best]:
+        for e in range(1, E):
+            if logits[t, e] > logits[t, best]:
                 best = e
-        ids[t, c], weights[t, c] = best, logits[best]
-        logits[best] = -np.inf
+        ids[t, c], weights[t, c] = best, logits[t, best]
+        logits[t, best] = -np.inf
     total, largest = np.float32(0), weights[t, 0]
     for c in range(k):
         weights[t, c] = np.float32(np.exp(weights[t, c] - largest))
@@ -30,27 +58,13 @@ def _choose(logits, t, ids, weights):  # type: ignore[no-untyped-def]
 
 
 @cache
-def make_router(kind: isa.ISA, format: str) -> Callable[..., None]:
-    """Make the router; format: "bf16" or "float32"."""
-    key = isa.key(kind.name, format)
+def _make_choose() -> Any:
+    key = isa.key()
 
-    @njit(parallel=True, cache=True, boundscheck=False)
-    def route(h, weight, added, ids, weights):  # type: ignore[no-untyped-def]
-        """Write each token's experts, the best first, and their shares.
+    @cfunc(TASK, cache=True, error_model="numpy")
+    def choose(place, task, worker):  # type: ignore[no-untyped-def]
+        logits, ids, weights = _read(key, place)
+        for t in range(task * _TOKENS, min((task + 1) * _TOKENS, len(logits))):
+            _best(logits, t, ids, weights)
 
-        h float32 (T, hidden), normalised, weight (E, hidden) the bits of bf16 as uint16 or of
-        float32 as uint32, added float32 (E,), ids int32 and weights float32 (T, k).
-        """
-        T, hidden = h.shape
-        E = len(weight)
-        for t in prange(T):
-            out = np.empty((1, DENSE_ROWS), np.float32)
-            logits = np.empty(E, np.float32)
-            for e in range(0, E, DENSE_ROWS):
-                rows = min(DENSE_ROWS, E - e)
-                dense_tile(key, weight, e * hidden, rows, h, t, 1, out)
-                for i in range(rows):
-                    logits[e + i] = out[0, i] + added[e + i]
-            _choose(logits, t, ids, weights)
-
-    return route
+    return choose
