@@ -366,7 +366,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "many logprobs": ({"input": "hi", "top_logprobs": 21}, "top_logprobs", "<= 20"),
     "a store": ({"input": "hi", "store": True}, "store", "True"),
     "the background": ({"input": "hi", "background": True}, "background", "True"),
-    "an earlier response": ({"input": "hi", "previous_response_id": "r"}, "previous_response_id", "is not supported"),
+    "an earlier response": ({"input": "hi", "previous_response_id": "r"}, "previous_response_id", "is not"),
     "a conversation": ({"input": "hi", "conversation": {"id": "c"}}, "conversation", "is not supported"),
     "a stored prompt": ({"input": "hi", "prompt": {"id": "p"}}, "prompt", "is not supported"),
     "truncation": ({"input": "hi", "truncation": "auto"}, "truncation", "'auto'"),

@@ -84,7 +84,7 @@ def from_chat(
 
 
 def call_name(recipient: str | None) -> str:
-    """Return the name of the function that a call is to, as it may come back; the model may write anything."""
+    """Return the name of the function that a call is to, in a form that may come back."""
     name = (recipient or "").removeprefix(f"{FUNCTIONS}.")
     return re.sub(r"[^\w.-]", "_", name) or FUNCTIONS
 
