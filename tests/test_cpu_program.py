@@ -92,6 +92,23 @@ def test_a_step_may_say_how_many_tasks_a_later_one_has(
     np.testing.assert_array_equal(second, np.arange(100) < tasks)
 
 
+def test_no_two_steps_have_their_number_of_tasks_in_one_place(step: Any) -> None:
+    steps, place = Steps(2), np.zeros(1, np.int64)
+    given = (
+        np.zeros(1, np.int64),
+        np.zeros((1, 1), np.int64),
+        np.zeros(1, np.int64),
+        np.zeros(1, np.int64),
+        0.5,
+        True,
+    )
+    steps.add(step, place, OPERANDS, *given)
+    with pytest.raises(AssertionError, match="a place of its own"):
+        steps.add(step, place, OPERANDS, *given)
+    steps.run()
+    steps.add(step, place, OPERANDS, *given)  # when all threads are through
+
+
 def test_rooms_are_kept_until_they_are_too_small() -> None:
     rooms = Rooms()
     first = rooms.room("a", (3, 5), np.float32)

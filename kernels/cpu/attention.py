@@ -103,10 +103,7 @@ def attention(
     segments = min(-(-table.shape[1] * BLOCK // SEGMENT), (window - 1) // SEGMENT + 2)
     most = (T + runs * segments) * Hk
     tiles = steps.room("attention tiles", (T + 1, 7), np.int64)
-    tasks, done = (
-        steps.room("attention tasks", (1,), np.int64),
-        steps.room("attention done", (most,), np.int64),
-    )
+    tasks, done = np.empty(1, np.int64), steps.room("attention done", (most,), np.int64)
     steps.add(_make_plan(), 1, _PLAN, sequence, positions, window, Hk, threads, tiles, tasks, done)
 
     kept = runs * segments * Hk if segments > 1 else 0

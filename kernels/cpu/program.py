@@ -47,6 +47,7 @@ class Steps:
         self._places: list[int] = []
         self._words: list[int] = []
         self._kept: list[Any] = []
+        self._counted: set[int] = set()  # places where steps write how many tasks another has
 
     def room(self, name: str, shape: Sequence[int], dtype: DTypeLike = np.float32) -> Array:
         """Give an array to write to; another of the same name may take its place once this one is read."""
@@ -64,6 +65,8 @@ class Steps:
             header[TASKS] = tasks
         else:
             header[TASKS_AT] = tasks.ctypes.data
+            assert header[TASKS_AT] not in self._counted, "each step's number of tasks has a place of its own"
+            self._counted.add(header[TASKS_AT])
         self._functions.append(function.address)
         self._places.append(len(self._words))
         words = operands.words(*values)
@@ -77,6 +80,7 @@ class Steps:
         functions, places = np.array(self._functions, np.int64), np.array(self._places, np.int64)
         program = Program(functions, places, words, self.threads, tuple(self._kept))
         self._functions, self._places, self._words, self._kept = [], [], [], []
+        self._counted = set()
         return program
 
     def run(self) -> None:
