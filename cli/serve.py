@@ -55,11 +55,11 @@ def _hosts(host: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 )
 @click.option("--max-body", callback=read_size, default="8MB", show_default=True, help="Largest request.")
 @click.option(
-    "--max-seconds", type=click.FloatRange(min=1), help="Longest time for an answer, which then ends."
+    "--max-seconds", type=click.IntRange(min=1), help="Longest time for an answer, which then ends."
 )
 @click.option(
     "--drain-seconds",
-    type=click.FloatRange(0, 3600),
+    type=click.IntRange(0, 3600),
     default=30,
     show_default=True,
     help="Time for answers under way once the server is told to stop.",
@@ -91,8 +91,8 @@ def serve(
     max_sequences: int,
     max_waiting: int,
     max_body: int,
-    max_seconds: float | None,
-    drain_seconds: float,
+    max_seconds: int | None,
+    drain_seconds: int,
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
     reasoning_content: bool,
@@ -107,7 +107,8 @@ def serve(
         from gptoss_lite.serve.app import create_app
         from gptoss_lite.serve.run import bind, log_to_stderr, run, warm_up
     except ImportError as error:
-        raise GptOssError(f"serve needs {error.name}: pip install 'gptoss-lite[serve]'") from error
+        package = (error.name or "its packages").partition(".")[0]
+        raise GptOssError(f"serve needs {package}: pip install 'gptoss-lite[serve]'") from error
     from gptoss_lite.engine import Engine
     from gptoss_lite.serve.settings import Settings
 

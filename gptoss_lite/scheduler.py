@@ -36,6 +36,7 @@ class Sequence:
     cached_tokens: int | None = None
     computed: int = 0  # the most tokens it ever had keys and values of
     scheduled: int = 0
+    awaited: "tuple[Sequence, int] | None" = None  # who computes what this one begins with, up to where
 
     @property
     def pending(self) -> int:
@@ -129,15 +130,25 @@ class Scheduler:
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether a running request is about to compute the first block that this one would have to."""
+        if sequence.awaited is not None:  # many may wait for long, and each is asked at every step
+            other, end = sequence.awaited
+            if other in self.running and other.pages.length < end:
+                return True
+            sequence.awaited = None
         index = sequence.pages.known_blocks(sequence.tokens)
         end = (index + 1) * BLOCK_TOKENS
         if end >= len(sequence.tokens):  # it would be no block of a known beginning
             return False
         name = sequence.pages.name(index, sequence.tokens)
-        return any(
-            other.pages.length < end <= len(other.tokens) and other.pages.name(index, other.tokens) == name
-            for other in self.running
-        )
+        for other in self.running:
+            if (
+                other.pages.length < end <= len(other.tokens)
+                and other.pages.name(index, other.tokens) == name
+            ):
+                shared = min(_common(sequence.tokens, other.tokens), len(sequence.tokens) - 1)
+                sequence.awaited = other, shared // BLOCK_TOKENS * BLOCK_TOKENS
+                return True
+        return False
 
     def _admit(self, sequence: Sequence) -> None:
         """Start a request from as much of its beginning as the cache knows, if all of it has room."""
@@ -171,3 +182,15 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def _common(tokens: list[int], others: list[int]) -> int:
+    """Count the tokens with which two prompts begin alike, halving what is in doubt."""
+    alike, most = 0, min(len(tokens), len(others))
+    while alike < most:
+        middle = (alike + most + 1) // 2
+        if tokens[alike:middle] == others[alike:middle]:
+            alike = middle
+        else:
+            most = middle - 1
+    return alike

@@ -11,7 +11,6 @@ import numpy as np
 from gptoss_lite.batch import Batch
 from gptoss_lite.cache import KVCache
 from gptoss_lite.checkpoint import open_checkpoint
-from gptoss_lite.errors import RequestError
 from gptoss_lite.model import GptOss
 from gptoss_lite.ops import get_ops
 from gptoss_lite.ops.base import Pending
@@ -38,11 +37,6 @@ class ScriptedModel(GptOss):
         self.script = script
         self.seconds = 0.0
         self._end = tokenizer.special["<|return|>"]
-
-    def check_prompt(self, tokens: Sequence[int]) -> None:
-        """See GptOss."""
-        if any(not 0 <= token < self.config.vocab_size for token in tokens):
-            raise RequestError("the prompt has an id that the vocabulary has not")
 
     def begin(self, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
         """See GptOss."""

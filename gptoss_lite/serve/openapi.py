@@ -88,5 +88,5 @@ def _operation(name: str, body: Any, reply: Any) -> dict[str, Any]:
     }
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["text/event-stream"] = {}
     return operation

@@ -1,6 +1,8 @@
 """HTTP on one connection: uvicorn's protocol, firm against clients that dawdle, flood or stop reading."""
 
 import asyncio
+import socket
+import struct
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +15,7 @@ from gptoss_lite.serve.settings import Settings
 from gptoss_lite.serve.wire import encode
 
 _LONGEST_HEAD = 64 << 10  # bytes
+_AT_ONCE = struct.pack("ii", 1, 0)
 _CHUNK_OVERHEAD = 8  # bytes of framing that one byte of a body may cost: chunks of one byte have five
 
 
@@ -57,11 +60,6 @@ class Protocol(HttpToolsProtocol):
         if not self._answering:
             self._await_request()
 
-    def on_message_begin(self) -> None:
-        """Begin to count."""
-        self._surplus = 0
-        super().on_message_begin()
-
     def on_headers_complete(self) -> None:
         """Answer a request, unless another is being answered."""
         if self._answering:
@@ -79,6 +77,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is there to its end."""
+        self._surplus = 0
         if not self._unread and not self._is_offer:
             super().on_message_complete()
 
@@ -152,4 +151,7 @@ class Protocol(HttpToolsProtocol):
             self._timers.pop(what).cancel()
 
     def _drop(self) -> None:
+        if self.transport.get_write_buffer_size():  # the system is not to go on sending what nobody reads
+            link = self.transport.get_extra_info("socket")
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         self.transport.abort()

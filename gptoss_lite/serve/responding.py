@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -47,7 +47,7 @@ async def respond(
     scope["state"]["account"] = answer.account
     if stream:
         return _EventStream(service, answer, view)
-    with _closing(answer), _watching(receive, answer):
+    with _closing(answer), _beside(_watch(receive, answer)):
         async for events in answer:
             view.feed(events)
         if answer.abandoned:
@@ -61,34 +61,34 @@ class _EventStream(Response):
     def __init__(self, service: Service, answer: Answer, view: View) -> None:
         self.background = None
         self.status_code = 200
-        self._keep_alive_seconds = service.settings.keep_alive_seconds
         self._answer, self._view = answer, view
+        self._silence = service.settings.keep_alive_seconds / 2
+        self._silent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See Starlette's Response."""
-        with _closing(self._answer), _watching(receive, self._answer):
+        answer, view = self._answer, self._view
+        with _closing(answer), _beside(_watch(receive, answer)), _beside(self._keep_alive(send)):
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             try:
-                while (events := await self._next(send)) is not None:
-                    if part := self._view.feed(events):
+                async for events in answer:
+                    if part := view.feed(events):
+                        self._silent = False
                         await _write(send, part)
-                if not self._answer.abandoned:
-                    await _write(send, self._view.finish(self._answer), more=False)
+                if not answer.abandoned:
+                    await _write(send, view.finish(answer), more=False)
             except Exception as error:
-                await _write(send, self._view.failed(error_of(error).body), more=False)
+                await _write(send, view.failed(error_of(error).body), more=False)
                 if not isinstance(error, GptOssError):
                     raise  # to be logged
 
-    async def _next(self, send: Send) -> Events | None:
-        """Wait for events, telling the client now and then that the line is up; None after the last."""
+    async def _keep_alive(self, send: Send) -> None:
+        """Tell the client that the line is up, whenever nothing else was written for a while."""
         while True:
-            try:
-                async with asyncio.timeout(self._keep_alive_seconds):
-                    return await anext(self._answer)
-            except TimeoutError:
+            self._silent = True
+            await asyncio.sleep(self._silence)
+            if self._silent:
                 await _write(send, KEEP_ALIVE)
-            except StopAsyncIteration:
-                return None
 
 
 async def _write(send: Send, body: bytes, more: bool = True) -> None:
@@ -113,19 +113,20 @@ def _closing(answer: Answer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watching(receive: Receive, answer: Answer) -> Iterator[None]:
-    """Abandon an answer as soon as its client is gone."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        answer.abandon()
-
-    watcher = asyncio.create_task(watch())
+def _beside(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Let something go on for as long as the block runs."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
-        watcher.cancel()
+        task.cancel()
+
+
+async def _watch(receive: Receive, answer: Answer) -> None:
+    """Abandon an answer as soon as its client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    answer.abandon()
 
 
 def data(record: Any) -> bytes:

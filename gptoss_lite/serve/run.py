@@ -27,15 +27,17 @@ def bind(host: str, port: int) -> socket.socket:
     """Take a port, before anything that takes long; nobody can connect yet. RequestError if it is taken."""
     try:
         [family, kind, protocol, _, address] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with contextlib.ExitStack() as failing:
+            listener = failing.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            failing.pop_all()
     except OSError as error:
         raise RequestError(f"{host}:{port} cannot be listened on: {error.strerror or error}") from None
     return listener
 
 
-def run(app: Starlette, listener: socket.socket, drain_seconds: float, started: Callable[[], None]) -> None:
+def run(app: Starlette, listener: socket.socket, drain_seconds: int, started: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGTERM or SIGINT; then let what is under way come to its end.
 
     After `drain_seconds` answers end where they stand, properly: each stream gets its finish reason. A second
@@ -44,11 +46,12 @@ def run(app: Starlette, listener: socket.socket, drain_seconds: float, started: 
     allow_open_files()
     gc.collect()
     gc.freeze()  # what is there by now stays, and no collection has to walk through it while all wait
-    signal.signal(signal.SIGTERM, lambda *_: None)  # raised anew once all is done, which is no failure
-    make_server(app, drain_seconds, started).run(sockets=[listener])
+    server = make_server(app, drain_seconds, started)
+    signal.signal(signal.SIGTERM, server.handle_exit)  # raised anew once all is done, which is no failure
+    server.run(sockets=[listener])
 
 
-def make_server(app: Starlette, drain_seconds: float, started: Callable[[], None]) -> uvicorn.Server:
+def make_server(app: Starlette, drain_seconds: int, started: Callable[[], None]) -> uvicorn.Server:
     """Make the server that `run` runs."""
     config = Config(
         app,
@@ -61,7 +64,7 @@ def make_server(app: Starlette, drain_seconds: float, started: Callable[[], None
         log_config=None,
         server_header=False,
         date_header=False,
-        timeout_graceful_shutdown=int(drain_seconds) + _LAST_WRITES,
+        timeout_graceful_shutdown=drain_seconds + _LAST_WRITES,
     )
     config.settings = app.state.service.settings
     return _Server(config, app.state.service, drain_seconds, started)
@@ -80,7 +83,8 @@ def warm_up(engine: Engine) -> None:
     """Let an engine answer prompts of several lengths, so that nobody waits for what is done only once."""
     sampling = SamplingParams(logprobs=1)
     for length in (1, 2, 4, 8, 64):
-        engine.submit(Request([0] * length, sampling, seed=0, max_tokens=2, cache_salt=b"warm-up"))
+        if length < engine.context:
+            engine.submit(Request([0] * length, sampling, seed=0, max_tokens=2, cache_salt=b"warm-up"))
     while engine.has_work:
         engine.step()
 
@@ -104,7 +108,7 @@ class _Server(uvicorn.Server):
     """Drains before it goes."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, drain_seconds: float, started: Callable[[], None]
+        self, config: uvicorn.Config, service: Service, drain_seconds: int, started: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self._service = service

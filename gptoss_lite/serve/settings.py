@@ -12,7 +12,7 @@ class Settings:
     head_seconds, body_seconds: how long its parts may take to arrive. max_seconds: how long an answer may
     take, after which it ends as if at its `max_tokens`; None for no limit. write_seconds: how long a client
     may let what it was sent stand before it counts as gone. idle_seconds: how long a connection may rest
-    between two requests. keep_alive_seconds: silence after which a stream gets a comment.
+    between two requests. keep_alive_seconds: silence after which a stream has got a comment.
     cors_origins: pages of other origins that may call. allowed_hosts: names under which the server may be
     called, all if empty; it keeps pages from reaching a server on the reader's own machine through a name of
     theirs. reasoning_content: repeat `reasoning` under that older name. date: the current date that the model
