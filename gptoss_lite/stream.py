@@ -74,6 +74,8 @@ class StopStrings:
         """Take a piece and return what can be shown; nothing from a stop string on."""
         if self.found:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         starts = {stop: self._held.find(stop) for stop in self._stops}
         hits = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]

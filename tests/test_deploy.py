@@ -429,39 +429,44 @@ def test_a_killed_replica_takes_its_own_answers_along_and_no_others(
 ) -> None:
     import openai
 
-    length, ends, begun = 1500, dict[int, str](), set[int]()
+    chunks, errors, enough = Counter[int](), dict[int, str](), threading.Event()
 
     def tell(number: int) -> None:
-        stream = client.completions.create(
-            model=MODEL, prompt=f"{number}: ", max_tokens=length, logit_bias=endless, seed=number, stream=True
-        )
+        asked: Any = {"model": MODEL, "prompt": f"{number}: ", "max_tokens": 100_000, "logit_bias": endless}
         try:
-            for chunk in stream:
-                begun.add(number)
-                ends[number] = chunk.choices[0].finish_reason or ""
+            with client.completions.create(**asked, stream=True) as stream:
+                for _ in stream:
+                    chunks[number] += 1
+                    if enough.is_set():
+                        return
         except openai.APIError as error:
-            ends[number] = str(error)
+            errors[number] = str(error)
 
     threads = [threading.Thread(target=tell, args=[number]) for number in range(6)]
     for thread in threads:
         thread.start()
-    until(lambda: len(begun) == len(threads), 10)
-    before = cluster.running()
-    victims = cluster.replicas()
-    assert sum(before.values()) == len(threads) and all(before.values()), before
-    os.kill(victims[0], signal.SIGKILL)
-    killed = time.monotonic()
-    for number in range(4):
-        answer = client.completions.create(model=MODEL, prompt=f"new {number}: ", max_tokens=2)
-        assert answer.choices[0].text
-    assert time.monotonic() - killed < 10
-    for thread in threads:
-        thread.join()
-    until(lambda: len(cluster.running()) == 2, RECOVERY)
-    [gone] = set(before) - set(cluster.running())
-    lost = [end for end in ends.values() if end != "length"]
-    assert len(lost) == before[gone] and set(lost) == {"the replica that was to answer is gone: ask again"}
-    assert len(cluster.replicas()) == 2 and victims[0] not in cluster.replicas()
+    try:
+        until(lambda: len(chunks) == len(threads), 10)
+        before, victims = cluster.running(), cluster.replicas()
+        assert sum(before.values()) == len(threads) and all(before.values()), before
+        os.kill(victims[0], signal.SIGKILL)
+        killed = time.monotonic()
+        for number in range(4):
+            answer = client.completions.create(model=MODEL, prompt=f"new {number}: ", max_tokens=2)
+            assert answer.choices[0].text
+        assert time.monotonic() - killed < 10
+        until(lambda: len(cluster.running()) == 2 and cluster.running().keys() != before.keys(), RECOVERY)
+        [gone] = before.keys() - cluster.running().keys()
+        assert len(errors) == before[gone], errors
+        assert set(errors.values()) == {"the replica that was to answer is gone: ask again"}
+        then = chunks.copy()
+        others = set(range(6)) - set(errors)
+        until(lambda: all(chunks[number] > then[number] + 20 for number in others), 10)
+        assert len(cluster.replicas()) == 2 and victims[0] not in cluster.replicas()
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
 
 
 @needs_ray

@@ -136,7 +136,7 @@ def cramped() -> Iterator[tuple[int, Engine]]:
     import gptoss_lite
 
     model, tokenizer = gptoss_lite.load("demo", device="cpu")
-    engine = Engine(model, cache_tokens=512, max_sequences=8)
+    engine = Engine(model, cache_tokens=384, max_sequences=8)
     app = create_app(engine, tokenizer, Settings("demo", date="2026-01-01"))
     with running(app) as port:
         yield port, engine
@@ -146,7 +146,7 @@ def test_a_cache_that_is_too_small_costs_time_and_no_text(cramped: tuple[int, En
     port, engine = cramped
     twins = asyncio.run(alone(port, requests("demo", [1])[:5]))
     assert engine.statistics.preemptions == 0
-    met = asyncio.run(together(port, twins, 6, lambda met: met >= 6))
+    met = asyncio.run(together(port, twins, 8, lambda met: met >= 40 or engine.statistics.preemptions > 1))
     assert engine.statistics.preemptions > 0
     assert met["the same"] > 6
     wait_until(lambda: not engine.has_work)

@@ -96,9 +96,9 @@ class CPUOps(Ops):
                 steps.run()
 
     def run(self, network: Network, batch: Batch, cache: KVCache) -> Array:
-        """See Ops.run."""
+        """See Ops.run; operation by operation, each of whose results those who look at them may keep."""
         with self._threads():
-            return self._forward(network, batch, cache).copy()
+            return super().run(network, batch, cache)
 
     def begin(self, network: Network, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
         """See Ops.begin."""
@@ -195,7 +195,7 @@ class CPUOps(Ops):
             projected = self._linear(steps, "projected", x, w, norm)
             shape = len(x), projected.shape[1] // D - 2 * Hk, D
             q = steps.room("queries", shape, self._query_dtype)
-            cos, sin = rotation
+            cos, sin = (np.ascontiguousarray(part, np.float32) for part in rotation)
             rotate_and_append(
                 steps, projected, cos, sin, table, batch.sequence, batch.positions, q, keys, values
             )
