@@ -457,7 +457,7 @@ def test_a_killed_replica_takes_its_own_answers_along_and_no_others(
         assert time.monotonic() - killed < 10
         until(lambda: len(cluster.running()) == 2 and cluster.running().keys() != before.keys(), RECOVERY)
         [gone] = before.keys() - cluster.running().keys()
-        assert len(errors) == before[gone], errors
+        assert 1 <= len(errors) <= before[gone], errors  # what came before may just have ended there
         assert set(errors.values()) == {"the replica that was to answer is gone: ask again"}
         then = chunks.copy()
         others = chunks.keys() - errors.keys()
