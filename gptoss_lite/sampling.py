@@ -103,6 +103,19 @@ class SamplingParams:
         """Whether the best token is taken, without chance."""
         return self.temperature < _GREEDY_BELOW
 
+    @property
+    def plain(self) -> bool:
+        """Whether a token is drawn of all, with no more than biases, and nothing else is wanted."""
+        return not (
+            self.greedy
+            or self.logits_processors
+            or self.penalizes
+            or self.top_k
+            or self.top_p < 1
+            or self.min_p
+            or self.logprobs is not None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -153,6 +166,12 @@ class Fast(Protocol):
 
         Too close: sums in another order, or logarithms rounded otherwise, could decide for another token. The
         functions of this module do it then. left: ids of the tokens that top_k leaves, unsorted; None: all.
+        """
+
+    def draw_rows(self, logits: Array, draws: Mapping[int, Draw]) -> Sequence[int]:
+        """Draw a token for some rows of logits float32 (S, V) that may hold anything; all draws are `plain`.
+
+        -1 stands for a row that has to be looked at by itself: too close to call, or an error.
         """
 
     def log_sum_exp(self, logits: Array, best: float) -> float:
@@ -284,7 +303,14 @@ def sample(logits: Array, draws: Sequence[Draw], fast: Fast | None = None) -> li
         except Exception as error:  # a request's own logits processor may raise anything
             return error
 
-    return [attempt(row, draw) for row, draw in zip(logits, draws, strict=True)]
+    known: dict[int, int] = {}
+    plain = {row: draw for row, draw in enumerate(draws) if draw.params.plain} if fast else {}
+    if fast and len(plain) > 1:
+        known = dict(zip(plain, fast.draw_rows(logits, plain), strict=True))
+    return [
+        attempt(logits[row], draw) if known.get(row, -1) < 0 else Sampled(known[row])
+        for row, draw in enumerate(draws)
+    ]
 
 
 def not_finite(position: int) -> GptOssError:

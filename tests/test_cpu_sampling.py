@@ -301,6 +301,48 @@ def test_draws_are_those_of_the_specification_whatever_the_logits(
     assert_draws_alike(logits, Draw(params, seed, choice, [0] * position, position // 2))
 
 
+ODD_ROWS = ([np.nan, 1, 2], [1, -np.nan, 2], [np.inf, 1, 2], [-np.inf] * 3, [-np.inf, 0, -np.inf], [1e30] * 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+@np.errstate(all="ignore")
+def test_rows_drawn_together_are_those_of_the_specification(data: st.DataObject) -> None:
+    """Plain draws, all others, errors and what cannot be told apart, in any order."""
+    biases = st.dictionaries(st.integers(0, 3), BIASES, max_size=2)  # of three tokens
+    plain = st.builds(SamplingParams, temperature=st.sampled_from([1e-4, 0.7, 1.0]), logit_bias=biases)
+    some_rows = st.sampled_from(ODD_ROWS) | st.lists(LOGITS, min_size=3, max_size=3)
+    cases = data.draw(st.lists(st.tuples(some_rows, plain | options()), min_size=2, max_size=9))
+    logits = np.array([values for values, _ in cases], np.float32)
+    before, seed = logits.copy(), data.draw(st.integers(0, 2**64 - 1))
+    draws = [Draw(params, seed, i, [0] * i, 0) for i, (_, params) in enumerate(cases)]
+    for found, expected in zip(sample(logits, draws, kernel), sample(logits, draws), strict=True):
+        assert_same(found, expected)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_ordinary_rows_are_drawn_together() -> None:
+    logits = np.stack([row(kind, V) for kind in ("peaked", "broad", "masked") for _ in range(20)])
+    params = SamplingParams(temperature=0.8, logit_bias={5: 3.0, 100_000: -np.inf})
+    draws = {i: Draw(params if i % 2 else SamplingParams(), i, i % 3, range(i), 0) for i in range(1, 60)}
+    found = kernel.draw_rows(logits, draws)
+    assert found == [
+        spec.gumbel_argmax(spec.adjust(logits[i], d), d.params.temperature, d.seed, d.choice, d.position)
+        for i, d in draws.items()
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_largest_of_a_row_is_found_whatever_its_sign(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for values in (rng.standard_normal(size), -1 - rng.random(size), np.full(size, -np.inf), np.zeros(size)):
+        logits = values.astype(np.float32)
+        assert kernel._largest(logits) == logits.max()
+        for odd in (np.nan, -np.nan, np.inf):
+            logits[-1] = odd
+            np.testing.assert_equal(kernel._largest(logits), logits.max())
+
+
 def test_of_tied_tokens_at_the_limit_only_those_kept_are_drawn() -> None:
     logits = np.zeros(3000, np.float32)
     logits[::300] = 1
@@ -333,8 +375,14 @@ def test_each_kernel_is_compiled_once() -> None:
     for options, size in itertools.product(FILTERS, (100, 6000)):
         params = SamplingParams(**options, logprobs=1)
         assert_draws_alike(row("broad", size), Draw(params, 1, 0, (), 0))
-    kernels = (kernel._gumbel, kernel._weigh, kernel._sum_exp)
-    assert [len(function.signatures) for function in kernels] == [1, 1, 1]
+    for count, bias in ((2, {}), (5, {1: 2.0})):
+        sample(
+            np.zeros((count, 100), np.float32),
+            [Draw(SamplingParams(logit_bias=bias), 1, 0, (), 0)] * count,
+            kernel,
+        )
+    kernels = (kernel._gumbel, kernel._weigh, kernel._sum_exp, kernel._draw_rows)
+    assert [len(function.signatures) for function in kernels] == [1, 1, 1, 1]
 
 
 def test_equal_scores_are_left_to_the_specification() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -383,6 +383,7 @@ class Recorder:
     def __init__(self, token: int | None) -> None:
         self.token = token
         self.asked: list[tuple[Any, ...]] = []
+        self.rows: list[list[int]] = []
 
     def draw(
         self, logits: Array, best: float, left: Array | None, temperature: float, top_p: float, min_p: float,
@@ -390,6 +391,10 @@ class Recorder:
     ) -> int | None:  # fmt: skip
         self.asked.append((logits.tolist(), best, left, temperature, top_p, min_p, seed, choice, position))
         return self.token
+
+    def draw_rows(self, logits: Array, draws: Mapping[int, Draw]) -> list[int]:
+        self.rows.append(list(draws))
+        return [-1 if self.token is None else self.token for _ in draws]
 
     def log_sum_exp(self, logits: Array, best: float) -> float:
         return best + 100
@@ -404,6 +409,23 @@ def test_a_device_draws_its_own_way() -> None:
     assert device.asked == [([0, 1, 3, 4], 4.0, None, 0.5, 0.9, 0.01, 3, 4, 2)]
     drawn(logits, [draw(top_k=2)], device)
     assert sorted(device.asked[-1][2]) == [2, 3]
+
+
+def test_rows_that_nothing_filters_are_drawn_together() -> None:
+    logits = np.zeros((4, 3), np.float32)
+    draws = [draw(logit_bias={1: 1.0}), draw(top_k=2), draw(temperature=0.5), draw(temperature=0)]
+    device = Recorder(2)
+    assert [sampled.token for sampled in drawn(logits, draws, device)] == [2, 2, 2, 0]
+    assert device.rows == [[0, 2]]
+    assert len(device.asked) == 1
+    drawn(logits[:1], draws[:1], device)
+    assert len(device.rows) == 1  # a single one is no less work there
+    for option in ({"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 1.0}):
+        drawn(logits[:2], [draw(**option)] * 2, device)
+    assert len(device.rows) == 1
+    undecided = Recorder(None)
+    assert drawn(logits, draws, undecided) == drawn(logits, draws)
+    assert undecided.rows == [[0, 2]]
 
 
 def test_what_a_device_leaves_undecided_is_drawn_here() -> None:

@@ -103,7 +103,8 @@ class CPUOps(Ops):
     def begin(self, network: Network, batch: Batch, cache: KVCache, draws: Sequence[Draw]) -> Pending:
         """See Ops.begin."""
         with self._threads():
-            drawn = self.sample(self._forward(network, batch, cache), draws)
+            logits = self._forward(network, batch, cache)
+            drawn = self.sample(logits, draws)  # before another pass overwrites them
         return lambda: drawn
 
     def _forward(self, network: Network, batch: Batch, cache: KVCache) -> Array:
@@ -275,7 +276,8 @@ class CPUOps(Ops):
 
     def sample(self, logits: Array, draws: Sequence[Draw]) -> list[Sampled | Exception]:
         """See Ops.sample."""
-        return sample(logits, draws, sampling)
+        with self._threads():
+            return sample(logits, draws, sampling)
 
     def _linear(
         self, steps: Steps, name: str, x: Array, w: Linear, norm: Norm | None = None,

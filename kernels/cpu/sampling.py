@@ -4,17 +4,19 @@ What filters keep is always the first so many tokens in one order: larger logits
 lower id. So a filter is a limit: the least logit kept, and how many of the tokens that have it.
 
 Sums and logarithms here differ from the specification's in the last bits. Where that could decide, `draw`
-decides nothing, so that the specification is asked: its tokens are the ones drawn, always. One thread, which
-does not hold Python's lock.
+decides nothing, so that the specification is asked: its tokens are the ones drawn, always. One thread for a
+row, without Python's lock.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
 from gptoss_lite.kernels.cpu import Array
+from gptoss_lite.sampling import Draw
 
 CHUNK = 1024  # tokens at a time: what is known of them stays in the first-level cache
 GROUP = 64  # tokens passed over at once where none of them can be drawn
@@ -196,22 +198,99 @@ def _gumbel(
     return token if score - second > doubt else -1
 
 
+@njit(cache=True, nogil=True, boundscheck=False)
+def _largest(logits: Array) -> float:
+    """Find the largest of float32 numbers; NaN where one of them is."""
+    bits = logits.view(np.int32)
+    most, most_magnitude = np.int32(-(2**31)), np.int32(0)
+    for i in range(
+        len(bits)
+    ):  # as integers, which become vector code: of negative numbers all bits but one turn
+        magnitude = bits[i] & np.int32(0x7FFFFFFF)
+        most_magnitude = max(most_magnitude, magnitude)
+        most = max(most, bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    if most_magnitude > np.int32(0x7F800000):
+        return math.nan
+    return float(np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32))
+
+
+@njit(cache=True, nogil=True, boundscheck=False, parallel=True)
+def _draw_rows(
+    logits: Array, rows: Array, rates: Array, words: Array, bias_start: Array, bias_ids: Array, biases: Array,
+    tokens: Array,
+) -> None:  # fmt: skip
+    """Draw a token for each of R rows of logits (S, V); a thread takes a row.
+
+    rows int64, rates float64 and tokens int64 (R,), words uint64 (3, R): seed, choice and position. Row r's
+    biases, float32, and the ids that they are added to lie from bias_start[r] to bias_start[r + 1].
+    """
+    for r in prange(len(tokens)):
+        row = logits[rows[r]]
+        best = _largest(row)
+        is_sound = math.isfinite(best)
+        if bias_start[r] < bias_start[r + 1]:
+            row = row.copy()
+            for i in range(bias_start[r], bias_start[r + 1]):
+                if bias_ids[i] < len(row):
+                    row[bias_ids[i]] += biases[i]
+                else:
+                    is_sound = False
+            best = _largest(row)
+        tokens[r] = -1
+        if is_sound and math.isfinite(best):
+            doubt = _doubt(best, rates[r])
+            if doubt < math.inf:
+                tokens[r] = _gumbel(
+                    row, best, _NOTHING, len(row), rates[r], words[0, r], words[1, r], words[2, r], doubt
+                )
+
+
+def draw_rows(logits: Array, draws: Mapping[int, Draw]) -> Sequence[int]:
+    """See gptoss_lite.sampling.Fast.draw_rows."""
+    wanted = draws.values()
+    biases = [draw.params.logit_bias for draw in wanted]
+    tokens = np.empty(len(draws), np.int64)
+    _draw_rows(
+        logits,
+        np.array(list(draws)),
+        1 / np.array([draw.params.temperature for draw in wanted]),
+        np.array(
+            [[d.seed for d in wanted], [d.choice for d in wanted], [d.position for d in wanted]], np.uint64
+        ),
+        np.cumsum([0, *map(len, biases)]),
+        np.array([token for bias in biases for token in bias], np.int64),
+        np.array([value for bias in biases for value in bias.values()], np.float32),
+        tokens,
+    )
+    found: list[int] = tokens.tolist()
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _doubt(best: float, rate: float) -> float:
+    """Tell how near two scores may be that are told apart; infinite where no two are.
+
+    Two scores of the specification differ by two roundings at their size from what they are here, and by less
+    than 1e-13 as logarithms are not all rounded alike.
+    """
+    size = abs(best) * rate
+    if size > 1e8:  # rounding to a float64 of that size changes the noise
+        return math.inf
+    return 1e-12 + 1e-15 * size
+
+
 def draw(
     logits: Array, best: float, left: Array | None, temperature: float, top_p: float, min_p: float,
     seed: int, choice: int, position: int,
 ) -> int | None:  # fmt: skip
     """See gptoss_lite.sampling.Fast.draw."""
-    size = abs(best) / temperature
-    if size > 1e8:  # rounding to a float64 of that size changes the noise
-        return None
+    rate = 1 / temperature
+    doubt = _doubt(best, rate)
     limit = _limit(logits, best, left, temperature, top_p, min_p)
-    if limit is None:
+    if limit is None or math.isinf(doubt):
         return None
-    # Two scores of the specification differ by two roundings at this size from what they are here, and by
-    # less than 1e-13 as logarithms are not all rounded alike.
-    doubt = 1e-12 + 1e-15 * size
     words = np.uint64(seed), np.uint64(choice), np.uint64(position)
-    token = _gumbel(logits, best, *limit, 1 / temperature, *words, doubt)
+    token = _gumbel(logits, best, *limit, rate, *words, doubt)
     return None if token < 0 else int(token)
 
 
