@@ -13,7 +13,7 @@ from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
 
 PAIRS = 16  # gates and ups that SwiGLU takes at once
-_TOKENS, _COLUMNS = 16, 1024  # that are combined in a task
+_TOKENS, _COLUMNS = 4, 1024  # that are combined in a task
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), PAIRS), ir.VectorType(ir.IntType(32), PAIRS)
 
 _SWIGLU = Operands(
@@ -152,13 +152,15 @@ def _make_combine() -> Any:
         first, begin = task // parts * _TOKENS, task % parts * _COLUMNS
         end = min(begin + _COLUMNS, K)
         for t in range(first, min(first + _TOKENS, T)):
-            for n in range(begin, end):
-                out[t, n] = np.float32(0)
+            total = out[t, begin:end]  # loops over views from 0 on become vector code
+            total[:] = 0
             for c in range(k):
-                r, e, weight = places[t * k + c], ids[t, c], weights[t, c]
-                for n in range(begin, end):
-                    out[t, n] += weight * (y[r, n] + bias[e, n])
-            for n in range(begin, end):
-                out[t, n] += x[t, n]
+                found, added = y[places[t * k + c], begin:end], bias[ids[t, c], begin:end]
+                weight = weights[t, c]
+                for n in range(len(total)):
+                    total[n] += weight * (found[n] + added[n])
+            before = x[t, begin:end]
+            for n in range(len(total)):
+                total[n] += before[n]
 
     return add

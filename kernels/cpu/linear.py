@@ -92,13 +92,15 @@ def linear_dense(
 def _write(out, added, residual, first, rows, column, columns, y):  # type: ignore[no-untyped-def]
     """Write a tile's results to y, with what is added to them."""
     for t in range(rows):
+        row = np.uint64(first + t)  # no index is looked at for being negative
         for i in range(columns):
+            n = np.uint64(column + i)
             value = out[t, i]
             if len(added):
-                value += added[column + i]
+                value += added[n]
             if len(residual):
-                value += residual[first + t, column + i]
-            y[first + t, column + i] = value
+                value += residual[row, n]
+            y[row, n] = value
 
 
 @cache

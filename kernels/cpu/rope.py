@@ -49,6 +49,13 @@ def _to_bf16(bits):  # type: ignore[no-untyped-def]
     return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
+@njit(boundscheck=False)
+def _store(bits, row):  # type: ignore[no-untyped-def]
+    """Write float32 numbers as bf16, both by their bits."""
+    for d in range(len(row)):
+        row[d] = _to_bf16(bits[d])
+
+
 @cache
 def _make_rotate() -> Any:
     key = isa.key()
@@ -62,30 +69,30 @@ def _make_rotate() -> Any:
         G, half = H // Hk, D // 2
         kv, first = task % Hk, task // Hk * _TOKENS
         rotated = np.empty(D, np.float32)
-        bits = rotated.view(np.uint32)
+        bits, low, high = rotated.view(np.uint32), rotated[:half], rotated[half:]
         for t in range(first, min(first + _TOKENS, T)):
             block, slot = table[sequence[t], positions[t] // size], positions[t] % size
+            c, s = cos[t], sin[t]  # loops over views from 0 on become vector code
             for i in range(G + 1):
                 head = kv * G + i if i < G else H + kv
-                base = head * D
+                x, y = qkv[t, head * D : head * D + half], qkv[t, head * D + half : head * D + D]
                 for d in range(half):
-                    a, b = qkv[t, base + d], qkv[t, base + half + d]
-                    rotated[d] = a * cos[t, d] - b * sin[t, d]
-                    rotated[half + d] = b * cos[t, d] + a * sin[t, d]
+                    low[d] = x[d] * c[d] - y[d] * s[d]
+                for d in range(half):
+                    high[d] = y[d] * c[d] + x[d] * s[d]
                 if i == G:
-                    for d in range(D):
-                        keys[block, kv, slot, d] = _to_bf16(bits[d])
+                    _store(bits, keys[block, kv, slot])
                 elif q.shape[2] == D:
+                    target = q[t, head]
                     for d in range(D):
-                        q[t, head, d] = bits[d]
+                        target[d] = bits[d]
                 else:
+                    target = q[t, head]
                     for d in range(half):
                         upper = _to_bf16(bits[2 * d + 1]) << np.uint32(16)
-                        q[t, head, d] = _to_bf16(bits[2 * d]) | upper
+                        target[d] = _to_bf16(bits[2 * d]) | upper
             base = (H + Hk + kv) * D
-            for d in range(D):
-                rotated[d] = qkv[t, base + d]
-            for d in range(D):
-                values[block, kv, slot, d] = _to_bf16(bits[d])
+            rotated[:] = qkv[t, base : base + D]
+            _store(bits, values[block, kv, slot])
 
     return rotate

@@ -216,18 +216,24 @@ class _DenseTile(_Writer):
         wide = self.b.zext(self.load(address, _I16), _I32)
         return self.b.bitcast(self.b.shl(wide, ir.Constant(_I32, 16)), _F32)
 
-    def across(self, vector: Any) -> Any:
-        """Add the lanes of a register: halves, quarters and so on."""
-        lanes = self.isa.lanes
-        while lanes > 1:
-            lanes //= 2
-            halves = [
-                ir.Constant(ir.VectorType(_I32, lanes), list(range(first, first + lanes)))
-                for first in (0, lanes)
-            ]
-            low, high = (self.b.shuffle_vector(vector, vector, half) for half in halves)
-            vector = self.b.fadd(low, high)
-        return self.b.extract_element(vector, ir.Constant(_I32, 0))
+    def across(self, registers: list[Any]) -> list[Any]:
+        """Add the lanes of each register: halves, quarters and so on -> the sums, one after another.
+
+        Two registers at a time become one, with the sums of their halves. Lanes left over repeat some.
+        """
+        lanes, width = self.isa.lanes, self.isa.lanes  # width: lanes that a sum is still spread over
+        while width > 1:
+            width //= 2
+            low = [lane for lane in range(2 * lanes) if lane // width % 2 == 0]
+            high = [lane + width for lane in low]
+            pairs = zip(registers[::2], registers[1::2] or registers, strict=True)
+            registers = [self.b.fadd(self.pick(*pair, low), self.pick(*pair, high)) for pair in pairs]
+        return registers
+
+    def pick(self, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+        """Pick lanes of two registers."""
+        kind = ir.VectorType(_I32, len(lanes))
+        return self.b.shuffle_vector(x, y, ir.Constant(kind, list(lanes)))
 
     def rows(self, first: Any, stride: Any, count: Any, wanted: int) -> list[Any]:
         """Give the addresses of so many rows; past the last of `count` there is, that one again."""
@@ -256,8 +262,10 @@ class _DenseTile(_Writer):
                 for i in range(DENSE_ROWS):
                     place = sums[t * DENSE_ROWS + i]
                     b.store(self.multiply_add(w[i], value, b.load(place)), place)
-        for index, place in enumerate(sums):
-            self.store(self.across(b.load(place)), self.at(y, 4 * index))
+        found, lanes_wanted = self.across([b.load(place) for place in sums]), min(len(sums), self.isa.lanes)
+        for index, register in enumerate(found):
+            part = self.pick(register, register, range(lanes_wanted))
+            self.store(part, self.at(y, 4 * self.isa.lanes * index))
         whole = b.sub(columns, b.urem(columns, lanes))
         with cgutils.for_range(b, b.sub(columns, whole)) as loop:
             column = b.add(whole, loop.index)
