@@ -174,12 +174,14 @@ class Pages:
 
     def table(self, kind: int) -> NDArray[np.int32]:
         """Give the blocks of one kind, FULL or SLIDING, as int32 (blocks,), valid until more are reserved."""
-        blocks = (self.full, self.sliding)[kind]
-        if len(blocks) > len(self._tables[kind]):
-            self._tables[kind] = np.resize(self._tables[kind], 2 * len(blocks))
-        self._tables[kind][self._filled[kind] : len(blocks)] = blocks[self._filled[kind] :]
-        self._filled[kind] = len(blocks)
-        return self._tables[kind][: len(blocks)]
+        blocks = self.full if kind == FULL else self.sliding
+        table, filled, count = self._tables[kind], self._filled[kind], len(blocks)
+        if count > len(table):
+            table = self._tables[kind] = np.resize(table, 2 * count)
+        if count > filled:
+            table[filled:count] = blocks[filled:]
+            self._filled[kind] = count
+        return table[:count]
 
     def missing(self, count: int) -> int:
         """Blocks that each pool must give before `count` more tokens can be stored."""
