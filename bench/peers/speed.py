@@ -9,9 +9,9 @@ exactly, experts in MXFP4 and all else but norms and routers in Q8_0, and writte
 for us. transformers: the bundled model, in bf16 for it and as it is for us.
 
 Each leg is a process of its own. It loads, warms up, reads a prompt of random tokens that it has not seen,
-and then gives tokens after each context, all of it computed; nothing is drawn. Legs take turns, and each
-round begins with another; a plain read of memory comes between them. Medians of all rounds and their ratios
-are printed.
+then computes tokens one by one after each context; we also find the best next token each time.
+Legs take turns, and each round begins with another; a plain read of memory comes between them. Medians of all
+rounds and their ratios are printed.
 """
 
 import argparse
@@ -56,10 +56,12 @@ def _ours(path: Path, activations: str, tokens: int) -> Runner:
     import gptoss_lite as gl
     from gptoss_lite.batch import Batch
     from gptoss_lite.cache import BLOCK_TOKENS
+    from gptoss_lite.sampling import Draw, SamplingParams
 
     model = gl.load_model(path, device="cpu", activations=activations)  # type: ignore[arg-type]
     blocks = -(-tokens // BLOCK_TOKENS)
     cache, table = model.ops.new_cache(model.config, blocks, blocks), np.arange(blocks, dtype=np.int32)[None]
+    greedy = Draw(SamplingParams(temperature=0), 0, 0, (), 0)
     done = 0
 
     def reset() -> None:
@@ -74,7 +76,8 @@ def _ours(path: Path, activations: str, tokens: int) -> Runner:
             rows = np.array([len(part) - 1] if is_last else [], np.int32)
             positions = np.arange(done, done + len(part), dtype=np.int32)
             starts, decoding = np.array([0, len(part)], np.int32), np.array([len(part) == 1])
-            model(Batch(part, positions, starts, table, table, rows, decoding), cache)
+            batch = Batch(part, positions, starts, table, table, rows, decoding)
+            model.begin(batch, cache, [greedy] * len(rows))()  # as an Engine does
             done += len(part)
 
     return Runner(model.config.vocab_size, reset, compute)
