@@ -190,6 +190,8 @@ class Pages:
     def reserve(self, count: int) -> bool:
         """Take the blocks for `count` more tokens from both pools, or none if either has too few."""
         missing = self.missing(count)
+        if not missing:
+            return True
         if any(pool.available < missing for pool in self._pools):
             return False
         for _ in range(missing):
@@ -206,9 +208,10 @@ class Pages:
             full.name(self.full[index], name)
             sliding.name(self.sliding[index], name)
         self._complete = self.length // BLOCK_TOKENS
-        for index in range(self._slid, self._first_visible(self.length)):
+        visible = self._first_visible(self.length)
+        for index in range(self._slid, visible):
             sliding.drop(self.sliding[index], likely=index in self._branch)
-        self._slid = max(self._slid, self._first_visible(self.length))
+        self._slid = max(self._slid, visible)
 
     def release(self) -> None:
         """Give every block back; the full ones stay known until their room is needed."""

@@ -1,6 +1,6 @@
 """Continuous batching: requests in, ragged batches through the model, tokens out; knows nothing of text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, count
 
 import numpy as np
@@ -161,13 +161,14 @@ class Engine:
         That is when all that runs is drawing, nothing that waits could join it, and none of it is sure to end
         with this token.
         """
-        drawing, ahead = last.drawing, self.model.ops.can_run_ahead
-        draws = [replace(_draw(sequence), ahead=1) for sequence in drawing]
-        scheduler = self._scheduler
-        if scheduler.admitting or drawing != scheduler.running or not all(map(ahead, draws)):
+        drawing, scheduler = last.drawing, self._scheduler
+        if scheduler.admitting or drawing != scheduler.running:
             return None
-        if any(len(sequence.tokens) + 1 >= sequence.end for sequence in drawing):
-            return None
+        draws: list[Draw] = []
+        for sequence in drawing:
+            draws.append(_draw(sequence, ahead=1))
+            if len(sequence.tokens) + 1 >= sequence.end or not self.model.ops.can_run_ahead(draws[-1]):
+                return None
         if not scheduler.reserve_ahead():
             return None
         # Token -1 - r stands for what row r of the last batch drew.
@@ -213,9 +214,10 @@ class Engine:
         return TokenEvent(sequence.id, sampled, *counts, reason)
 
 
-def _draw(sequence: Sequence) -> Draw:
+def _draw(sequence: Sequence, ahead: int = 0) -> Draw:
     request = sequence.request
-    return Draw(request.sampling, request.seed, request.choice, sequence.tokens, len(request.tokens))
+    prompt_length = len(request.tokens)
+    return Draw(request.sampling, request.seed, request.choice, sequence.tokens, prompt_length, ahead)
 
 
 def _table(rows: list[Array]) -> Array:
