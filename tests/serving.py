@@ -19,7 +19,9 @@ def served(app: "ASGIApp") -> Iterator[str]:
     """
     import uvicorn
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    # asyncio sends without delay on sockets that say they are TCP's, which those of create_server do not
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="served")

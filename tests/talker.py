@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 import gptoss_lite
 from gptoss_lite.engine import Engine
 from gptoss_lite.serve.app import create_app
-from gptoss_lite.serve.run import make_server
+from gptoss_lite.serve.run import bind, make_server
 from gptoss_lite.serve.service import Service
 from gptoss_lite.serve.settings import Settings
 from gptoss_lite.tokenizer import Tokenizer, load_tokenizer
@@ -105,7 +105,7 @@ def talking(
 @contextmanager
 def running(app: Starlette, send_buffer: int | None = None) -> Iterator[int]:
     """Run an app as the command does, in a thread, while the block runs; yields its port."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = bind("127.0.0.1", 0)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port: int = listener.getsockname()[1]
