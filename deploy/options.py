@@ -7,11 +7,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, TypeAdapter, model_validator
 
-from gptoss_lite.serve.settings import Settings
+from gptoss_lite.serve.settings import LOOPBACK, Settings
 from gptoss_lite.sizes import parse_size
 
 ENVIRONMENT = "GPTOSS_LITE_"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SIZES = ("max_body", "device_memory")
 _LISTS = ("api_keys", "cors_origins", "allowed_hosts")
 _OF_THE_SOCKET = {"head_seconds", "idle_seconds", "write_seconds"}  # that is Ray's proxy's

@@ -156,6 +156,25 @@ def test_a_key_that_cannot_be_sent_is_refused(served: dict[str, Any], key: str) 
 
 
 @pytest.mark.parametrize(
+    "origin",
+    ["", "app", "app.example", "https://", "https://app.example/", "https://APP.example", "null", "*."],
+)
+def test_an_origin_that_no_browser_sends_is_refused(served: dict[str, Any], origin: str) -> None:
+    done = serve("--cors-origin", origin)
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert f"{origin!r} is no origin: give scheme://host" in done.output
+    assert not served
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "http://localhost:3000", "https://app.example", "chrome-extension://abc"]
+)
+def test_an_origin_that_browsers_send_is_taken(served: dict[str, Any], origin: str) -> None:
+    assert serve("--cors-origin", origin).exit_code == 0
+    assert served["settings"].cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("--port", "65536"), ("--port", "http"), ("--port", "-1"), ("--max-sequences", "0"), ("extra",),

@@ -1,5 +1,6 @@
 """Running the server: who may ask, what is counted and written down, who waits and who comes again."""
 
+import asyncio
 import hmac
 import json
 import logging
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.responses import PlainTextResponse
+from starlette.types import Message
 
+from gptoss_lite.serve.middleware import AccessLog
 from tests.raw_http import Reply, head
 from tests.talker import CHAT, MODEL, Talker, chat, talking, wait_until
 
@@ -336,6 +340,25 @@ def test_an_answer_names_its_line_in_the_log(caplog: pytest.LogCaptureFixture) -
         assert [reply.headers["x-request-id"] for reply in replies] == [
             line["request_id"] for line in lines(caplog, 4)
         ]
+
+
+def test_a_gateway_may_name_the_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gptoss_lite.access")
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "state": {"request_id": "of the gateway"}}
+    with talking() as talker:
+        app = AccessLog(PlainTextResponse("hello"), talker.service.metrics, frozenset())
+        asyncio.run(app(scope, receive, send))
+        [line] = lines(caplog, 1)
+    assert line["request_id"] == "of the gateway"
+    assert (b"x-request-id", b"of the gateway") in sent[0]["headers"]
 
 
 def test_a_server_that_drains_says_so_and_takes_no_more() -> None:

@@ -38,8 +38,8 @@ class AccessLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begun, status = time.perf_counter(), 0
-        request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})
+        state = scope.setdefault("state", {})
+        request_id = state.get("request_id") or uuid.uuid4().hex  # a gateway's, which its client knows
 
         async def noting(message: Message) -> None:
             nonlocal status

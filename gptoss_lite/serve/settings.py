@@ -1,6 +1,12 @@
 """What an operator decides about a server."""
 
+import re
 from dataclasses import dataclass
+
+from gptoss_lite.errors import RequestError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # this machine, for itself alone
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers send one
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +23,8 @@ class Settings:
     called, all if empty; it keeps pages from reaching a server on the reader's own machine through a name of
     theirs. reasoning_content: repeat `reasoning` under that older name. date: the current date that the model
     is told, today's by default.
+
+    Raises RequestError for a key that cannot be sent, and for an origin that no browser would send.
     """
 
     model: str
@@ -33,3 +41,14 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     reasoning_content: bool = False
     date: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what would never match."""
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise RequestError("an API key may have printable ASCII characters only, and no spaces")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise RequestError(
+                    f"{origin!r} is no origin: give scheme://host[:port] in small letters, or *"
+                )
