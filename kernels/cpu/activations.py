@@ -16,7 +16,17 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 
 from gptoss_lite.kernels.cpu import Array, isa
-from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+from gptoss_lite.kernels.cpu.irtools import (
+    addresses,
+    call,
+    integers,
+    load,
+    moved,
+    splat,
+    spread,
+    store,
+    writes_ir,
+)
 from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
 
@@ -139,7 +149,7 @@ def quantize_block(_typing, x, at, passes, unit, bias, codes, scales, starts, bl
         rounded = []
         for half in halves:
             nearest = call(b, "llvm.rint.v16f32", _FLOATS, b.fmul(half, inverse))
-            rounded.append(call(b, "llvm.fptosi.sat.v16i32.v16f32", _INTS, nearest))
+            rounded.append(integers(b, nearest, _INTS))
         place = moved(b, arrays[5], b.mul(block, passes), BLOCK)
         total = cgutils.alloca_once(b, _I32)
         with b.if_else(is_byte) as (one, two):

@@ -8,7 +8,17 @@ from llvmlite import ir
 from numba import cfunc, types
 
 from gptoss_lite.kernels.cpu import Array, isa
-from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat, spread, store, writes_ir
+from gptoss_lite.kernels.cpu.irtools import (
+    addresses,
+    call,
+    integers,
+    load,
+    moved,
+    splat,
+    spread,
+    store,
+    writes_ir,
+)
 from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.workers import TASK, Operands, array
 
@@ -87,7 +97,7 @@ def _exponential(b: ir.IRBuilder, x: Any) -> Any:
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = _multiply_add(b, p, r, splat(_FLOATS, coefficient))
     p = b.fadd(_multiply_add(b, p, b.fmul(r, r), r), splat(_FLOATS, 1.0))
-    exponent = b.shl(call(b, "llvm.fptosi.sat.v16i32.v16f32", _INTS, n), splat(_INTS, 23))
+    exponent = b.shl(integers(b, n, _INTS), splat(_INTS, 23))
     return b.bitcast(b.add(b.bitcast(p, _INTS), exponent), _FLOATS)
 
 
@@ -129,6 +139,10 @@ def _make_swiglu() -> Any:
         found = np.empty(PAIRS, np.float32)
         for first in range(0, inner, PAIRS):
             count = min(PAIRS, inner - first)
+            if count == PAIRS:
+                at, added_at = 2 * (r * inner + first), 2 * (expert[r] * inner + first)
+                swiglu_pairs(x, at, at + PAIRS, bias, added_at, limit, y, r * inner + first)
+                continue
             for i in range(2 * count):
                 pairs[i], added[i] = x[r, 2 * first + i], bias[expert[r], 2 * first + i]
             swiglu_pairs(pairs, 0, PAIRS, added, 0, limit, found, 0)

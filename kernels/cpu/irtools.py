@@ -61,3 +61,12 @@ def spread(b: ir.IRBuilder, scalar: Any, count: int) -> Any:
     first = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), count), None)
     return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+
+
+def integers(b: ir.IRBuilder, x: Any, kind: Any) -> Any:
+    """Turn a vector's whole numbers, none beyond the integers of `kind`, into such; NaN becomes 0.
+
+    `llvm.fptosi.sat` would be one number after another.
+    """
+    is_number = b.fcmp_ordered("ord", x, x)
+    return b.fptosi(b.select(is_number, x, ir.Constant(x.type, None)), kind)
