@@ -49,6 +49,15 @@ def assert_close(got: NDArray[Any], want: NDArray[Any], activations: str) -> Non
     assert error.max() < (1e-4 if activations == "accurate" else 2e-2)
 
 
+def noted(note: Callable[[Steps], None]) -> Callable[[], None]:
+    """Note steps; what is timed is doing them again, as a model does for each token."""
+    steps = Steps(rooms=Rooms())
+    note(steps)
+    steps.run()
+    assert steps.last is not None
+    return steps.last.run
+
+
 @some_tokens
 @both_activations
 @pytest.mark.parametrize("make", [mxfp4, int8])
@@ -57,19 +66,17 @@ def bench_linear_packed(
     make: Callable[..., QTensor], activations: str, tokens: int,
 ) -> None:  # fmt: skip
     """One layer's query, key and value projection; copies that no cache holds take turns."""
-    weight, rooms = make(rng, QKV, HIDDEN), Rooms()
+    weight = make(rng, QKV, HIDDEN)
     w, x = tiles(weight, 1), rng.standard_normal((tokens, HIDDEN), np.float32)
     copies = [w.records.copy() for _ in range(16 if tokens < 512 else 1)]
     y = np.empty((tokens, QKV), np.float32)
 
-    def run() -> None:
-        steps = Steps(rooms=rooms)
+    def note(steps: Steps) -> None:
         for record in copies:
             rows = quantized(steps, HOST, w.format, activations, x)
             linear_packed(steps, HOST, w.format, activations, (record, *w.packed()[1:]), rows, y)
-        steps.run()
 
-    report.run(run, rounds=9)
+    report.run(noted(note), rounds=9)
     assert_close(y, x @ weight.dequantize().T, activations)
     if tokens < 512:
         report.share("read", len(copies) * w.records.nbytes)
@@ -87,13 +94,11 @@ def bench_linear_dense(
     copies = [weight.view(np.uint16)[None].copy() for _ in range(12 if tokens < 512 else 1)]
     groups, starts = np.zeros(1, np.int32), np.array([0, tokens], np.int32)
 
-    def run() -> None:
-        steps = Steps()
+    def note(steps: Steps) -> None:
         for bits in copies:
             linear_dense(steps, HOST, "bf16", bits, groups, starts, x, y)
-        steps.run()
 
-    report.run(run, rounds=9 if tokens < 512 else 3)
+    report.run(noted(note), rounds=9 if tokens < 512 else 3)
     assert_close(y, x @ weight.astype(np.float32).T, "accurate")
     if tokens < 512:
         report.share("read", len(copies) * weight.nbytes)
@@ -119,18 +124,15 @@ def bench_experts(
         for _ in range(8 if tokens < 512 else 1)
     ]
     weights, out = rng.random((tokens, CHOSEN), np.float32), np.empty_like(x)
-    rooms = Rooms()
 
-    def run() -> None:
-        steps = Steps(rooms=rooms)
+    def note(steps: Steps) -> None:
         for ids in choices:
             experts_packed(
                 steps, HOST, (up.format, back.format), activations, h, ids, weights, up.packed(), added[0],
                 back.packed(), added[1], 7.0, x, out,
             )  # fmt: skip
-        steps.run()
 
-    report.run(run, rounds=9 if tokens < 512 else 3)
+    report.run(noted(note), rounds=9 if tokens < 512 else 3)
     want = x[:1].copy()
     for e, share in zip(choices[-1][0], weights[0], strict=True):
         both = h[:1] @ gate_up[e].dequantize().T + added[0][e]
@@ -152,16 +154,14 @@ def bench_router(benchmark: BenchmarkFixture, report: Report, rng: np.random.Gen
     x, norm = rng.standard_normal((tokens, HIDDEN), np.float32), rng.standard_normal(HIDDEN, np.float32)
     weight = rng.standard_normal((EXPERTS, HIDDEN), np.float32).astype(ml_dtypes.bfloat16)
     added = rng.standard_normal(EXPERTS, np.float32)
-    rooms = Rooms()
+    found: dict[str, NDArray[Any]] = {}
 
-    def run() -> tuple[NDArray[Any], NDArray[Any]]:
-        steps = Steps(rooms=rooms)
-        h = rms_norm(steps, x, norm, 1e-5)
-        ids, _ = route(steps, HOST, "bf16", h, weight.view(np.uint16), added, CHOSEN)
-        steps.run()
-        return h, ids
+    def note(steps: Steps) -> None:
+        found["h"] = rms_norm(steps, x, norm, 1e-5)
+        found["ids"], _ = route(steps, HOST, "bf16", found["h"], weight.view(np.uint16), added, CHOSEN)
 
-    h, ids = report.run(run)
+    report.run(noted(note))
+    h, ids = found["h"], found["ids"]
     logits = h @ weight.astype(np.float32).T + added
     np.testing.assert_array_equal(ids[:, 0], logits.argmax(axis=1))
     report.share("multiply-add", tokens * EXPERTS * HIDDEN)
@@ -169,15 +169,10 @@ def bench_router(benchmark: BenchmarkFixture, report: Report, rng: np.random.Gen
 
 def bench_quantise_activations(benchmark: BenchmarkFixture, report: Report, rng: np.random.Generator) -> None:
     """The rows of a prefill step, in 16 bits."""
-    x, rooms = rng.standard_normal((512, HIDDEN), np.float32), Rooms()
-
-    def run() -> NDArray[Any]:
-        steps = Steps(rooms=rooms)
-        _, scales, _ = quantized(steps, HOST, "int8", "accurate", x)
-        steps.run()
-        return scales
-
-    scales = report.run(run)
+    x = rng.standard_normal((512, HIDDEN), np.float32)
+    found: list[NDArray[Any]] = []
+    report.run(noted(lambda steps: found.extend(quantized(steps, HOST, "int8", "accurate", x))))
+    _, scales, _ = found
     first = np.abs(x[:8, :32]).max(axis=1) / 32512
     np.testing.assert_allclose(scales[: HOST.tokens], first[: HOST.tokens], rtol=1e-6)
     report.share("read", x.nbytes)
@@ -189,12 +184,7 @@ def bench_swiglu(benchmark: BenchmarkFixture, report: Report, rng: np.random.Gen
     bias, expert = np.zeros((1, 2 * INNER), np.float32), np.zeros(2048, np.int32)
     y = np.empty((2048, INNER), np.float32)
 
-    def run() -> None:
-        steps = Steps()
-        elementwise.swiglu(steps, x, bias, expert, 7.0, y)
-        steps.run()
-
-    report.run(run)
+    report.run(noted(lambda steps: elementwise.swiglu(steps, x, bias, expert, 7.0, y)))
     gate, up = np.minimum(x[:, ::2], 7), np.clip(x[:, 1::2], -7, 7)
     np.testing.assert_allclose(y, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
     report.share("read", x.nbytes + y.nbytes)
