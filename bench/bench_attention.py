@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bench.shares import Report
+from bench.shares import Report, noted
 from gptoss_lite.kernels.cpu import isa
 from gptoss_lite.kernels.cpu.attention import attention, takes_bf16
 from gptoss_lite.kernels.cpu.program import Rooms, Steps
@@ -117,12 +117,10 @@ def bench_rotate_and_append(report: Report, tokens: int) -> None:
     q = np.empty((tokens, HEADS, HEAD_DIM), np.float32)
     keys, values = (np.empty((STEP // 16, KEY_HEADS, 16, HEAD_DIM), np.uint16) for _ in range(2))
 
-    def run() -> None:
-        steps = Steps()
+    def note(steps: Steps) -> None:
         rotate_and_append(steps, qkv, cos, sin, table, sequence, positions, q, keys, values)
-        steps.run()
 
-    report.run(run)
+    report.run(noted(note))
     first, second = np.split(qkv[:, :HEAD_DIM], 2, axis=1)
     want = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
     np.testing.assert_array_equal(q[:, 0], want)

@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.shares import Report
+from bench.shares import Report, noted
 from gptoss_lite.kernels.cpu import elementwise, isa
 from gptoss_lite.kernels.cpu.activations import quantized, rms_norm
 from gptoss_lite.kernels.cpu.experts import experts_packed
 from gptoss_lite.kernels.cpu.linear import linear_dense, linear_packed
-from gptoss_lite.kernels.cpu.program import Rooms, Steps
+from gptoss_lite.kernels.cpu.program import Steps
 from gptoss_lite.kernels.cpu.router import route
 from gptoss_lite.ops.cpu_weights import tiles
 from gptoss_lite.quant import Int8Tensor, MXFP4Tensor, QTensor
@@ -47,15 +47,6 @@ def assert_close(got: NDArray[Any], want: NDArray[Any], activations: str) -> Non
     """Compare rows by their Euclidean norms."""
     error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert error.max() < (1e-4 if activations == "accurate" else 2e-2)
-
-
-def noted(note: Callable[[Steps], None]) -> Callable[[], None]:
-    """Note steps; what is timed is doing them again, as a model does for each token."""
-    steps = Steps(rooms=Rooms())
-    note(steps)
-    steps.run()
-    assert steps.last is not None
-    return steps.last.run
 
 
 @some_tokens

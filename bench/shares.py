@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import yardsticks
+from gptoss_lite.kernels.cpu.program import Rooms, Steps
 
 Shares: TypeAlias = dict[str, dict[str, Any]]  # by the name of the benchmark
 
@@ -37,3 +38,12 @@ class Report:
         self._shares[self._name] = {
             "share": round(rate / yardstick, 3), "of": kind, "rate": round(rate / 1e9, 2), "unit": unit,
         }  # fmt: skip
+
+
+def noted(note: Callable[[Steps], None]) -> Callable[[], None]:
+    """Note steps; what is timed is doing them again, as a model does for each token."""
+    steps = Steps(rooms=Rooms())
+    note(steps)
+    steps.run()
+    assert steps.last is not None
+    return steps.last.run
