@@ -344,7 +344,7 @@ def test_a_required_call_is_made(
         tokens = writer.write(TurnRules(calls=functions, answer=False))
         *before, call = read(tokenizer, tokens)
         assert tokens[-1] == tokenizer.special["<|call|>"]
-        assert all((m.channel, m.recipient) == ("analysis", None) for m in before)
+        assert [(m.channel, m.recipient) for m in before] in ([], [("analysis", None)])
         check_call(call)
         called.add(call.recipient)
         content_types.add(call.content_type)
@@ -384,7 +384,7 @@ def test_a_turn_that_may_call_may_as_well_answer(
     # with a form for the answer, a preamble would make two of it
     rules = TurnRules(grammars.compile(SCHEMAS["enum"]), functions)
     turns = [writer.turn(rules) for _ in range(30)]
-    assert all(message.channel == "analysis" for *before, _ in turns for message in before)
+    assert {tuple(message.channel for message in before) for *before, _ in turns} == {(), ("analysis",)}
     assert {last.recipient is None for *_, last in turns} == {True, False}
 
 
@@ -522,6 +522,21 @@ def test_a_short_thought_leaves_the_rest_of_the_budget_to_the_next(demo: Tokeniz
     assert not first & set(allowed(rules, demo, thought.format("!!!!!!")).tolist())
 
 
+def test_a_turn_whose_end_has_a_form_thinks_once(demo: Tokenizer, demo_compiler: GrammarCompiler) -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>"
+    analysis, final, commentary = (demo.encode(name)[0] for name in ("analysis", "final", "commentary"))
+    free, form = {"f": None}, demo_compiler.compile({"type": "object"})
+    for rules, ends in (
+        (TurnRules(calls=free), {analysis, final, commentary}),
+        (TurnRules(calls=free, answer=False), {commentary}),
+        (TurnRules(calls=free, answer=False, reasoning_tokens=99), {commentary}),
+        (TurnRules(form, calls=free), {final, commentary}),
+        (TurnRules(form, calls={}), {final}),
+    ):
+        assert analysis in allowed(rules, demo, "<|channel|>").tolist()
+        assert set(allowed(rules, demo, thought).tolist()) == ends
+
+
 @pytest.mark.parametrize("budget", [-1, True, 1.0])
 def test_a_budget_is_a_number_of_tokens(budget: Any) -> None:
     with pytest.raises(RequestError, match="reasoning_tokens is"):
@@ -535,6 +550,22 @@ def test_rules_leave_something_to_say(calls: Any) -> None:
 
 
 # Through the engine
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_would_never_call_calls(
+    demo: Tokenizer, demo_compiler: GrammarCompiler, seed: int
+) -> None:
+    model, _ = gl.load("demo", device="cpu")
+    chat = [{"role": "user", "content": "How is the weather?"}]
+    prompt = render_prompt(from_chat(chat, date="2026-01-01"), demo)
+    rules = TurnRules(calls={"weather": demo_compiler.compile(strict(ok={"type": "boolean"}))}, answer=False)
+    sampling = gl.SamplingParams(seed=seed, logits_processors=[TurnConstraint(rules, demo, len(prompt))])
+    options: dict[str, Any] = {"sampling": sampling, "date": "2026-01-01", "max_tokens": 3000}
+    *_, last = gl.stream_generate(model, demo, messages=chat, **options)
+    assert last.finish_reason == "tool_calls"
+    *thoughts, call = last.messages
+    assert call.recipient == "functions.weather" and len(thoughts) <= 1
 
 
 def test_the_model_keeps_to_schema_and_budget(demo: Tokenizer, demo_compiler: GrammarCompiler) -> None:

@@ -17,6 +17,9 @@ _CONTENT_TYPES = ("", f" {CONSTRAIN}json", f"{CONSTRAIN}json", " json", " code")
 class TurnRules:
     """What an assistant's turn may consist of; the headers of its messages are well-formed in any case.
 
+    A turn whose end has a form thinks in one message at most: else a model that never calls would go on
+    thinking instead for as long as it may.
+
     content: the form of the answer for the user, None for any text. With a form, no preamble goes before
     calls. calls: the functions that may be called, by name, and the form of their arguments, None for any
     text; no other recipient may be called. None: any recipient, built-in tools too.
@@ -38,6 +41,11 @@ class TurnRules:
             raise RequestError(f"reasoning_tokens is {budget!r}: give an integer of at least 0, or None")
         if not self.answer and not self.calls:
             raise RequestError("the turn may not end in an answer, and no function is named to be called")
+
+    @property
+    def thinks_once(self) -> bool:
+        """Whether the end has a form, so that no reasoning may follow the first message of it."""
+        return self.content is not None or not self.answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ class Headers:
         )
         self._channels = {name: [self._channel, *self._encode(name)] for name in CHANNELS}
         self._content_types = [[*self._spell(name), self._message] for name in _CONTENT_TYPES]
-        limited = rules.reasoning_tokens is not None
+        limited = rules.reasoning_tokens is not None or rules.thinks_once
         self._first = {reasoning: self._build(reasoning) for reasoning in {True, not limited}}
 
     def first(self, *, reasoning: bool) -> Header:

@@ -75,7 +75,8 @@ class TurnConstraint:
         """Where the turn stands behind a part, None if it is over."""
         if part.end != self._tokenizer.special["<|end|>"]:
             return None
-        return self._headers.next(reasoning=self._may_reason(_MESSAGE + 1))
+        more = not self._rules.thinks_once and self._may_reason(_MESSAGE + 1)
+        return self._headers.next(reasoning=more)
 
     def _allow(self, logits: Array, tokens: list[int], *, others: bool) -> None:
         """Leave these tokens and, with `others`, all ordinary ones."""
