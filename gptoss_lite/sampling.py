@@ -106,15 +106,9 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether a token is drawn of all, with no more than biases, and nothing else is wanted."""
-        return not (
-            self.greedy
-            or self.logits_processors
-            or self.penalizes
-            or self.top_k
-            or self.top_p < 1
-            or self.min_p
-            or self.logprobs is not None
-        )
+        filters = self.top_k or self.top_p < 1 or self.min_p
+        changes = self.greedy or self.logits_processors or self.penalizes
+        return not (filters or changes) and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)
