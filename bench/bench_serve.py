@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from statistics import median
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -68,10 +69,10 @@ def ask(sockets: list[socket.socket], request: bytes) -> int:
     return read
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[..., object], *arguments: Any) -> float:
     """Return the seconds that something takes."""
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begun
 
 
@@ -101,12 +102,14 @@ def bench_serve(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str],
         own = stack.enter_context(ThreadPoolExecutor(1))  # the server's engine has a thread of its own, too
         sockets = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(MANY)]
         requests = {length: body(tokenizer, length) for length in (1, TOKENS)}
+
+        def compute_aside(clients: int, length: int) -> None:
+            own.submit(compute, clients, length).result()
+
         for _ in range(ROUNDS):
             for clients, length in cases:
-                asked = timed(lambda n=clients, length=length: ask(sockets[:n], requests[length]))  # type: ignore[misc]
-                server[clients, length].append(asked)
-                computed = timed(lambda n=clients, length=length: own.submit(compute, n, length).result())  # type: ignore[misc]
-                alone[clients, length].append(computed)
+                server[clients, length].append(timed(ask, sockets[:clients], requests[length]))
+                alone[clients, length].append(timed(compute_aside, clients, length))
         read = benchmark.pedantic(ask, (sockets[:1], requests[TOKENS]), rounds=5)
     assert read > TOKENS * 100  # a chunk a token
 
