@@ -108,7 +108,9 @@ def bench_serve(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str],
 
         for _ in range(ROUNDS):
             for clients, length in cases:
+                ask(sockets[:1], requests[1])  # each right after a short one of its own: neither is asleep
                 server[clients, length].append(timed(ask, sockets[:clients], requests[length]))
+                compute_aside(1, 1)
                 alone[clients, length].append(timed(compute_aside, clients, length))
         read = benchmark.pedantic(ask, (sockets[:1], requests[TOKENS]), rounds=5)
     assert read > TOKENS * 100  # a chunk a token
