@@ -238,7 +238,7 @@ def test_sixteen_clients_get_far_more_tokens_than_one(process: Process) -> None:
     asyncio.run(rate(16, 1))
     one, sixteen = asyncio.run(rate(1, 10)), asyncio.run(rate(16, 5))
     print(f"{one:.0f} tokens/s for one client, {sixteen:.0f} for sixteen: {sixteen / one:.1f} times")
-    assert sixteen > 2 * one  # a busy machine gives less than the three times of a quiet one
+    assert sixteen > 2.5 * one  # a busy machine gives less than the 3.7 times of a quiet one
 
 
 @pytest.mark.soak
