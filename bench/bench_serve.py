@@ -59,11 +59,11 @@ def ask(sockets: list[socket.socket], request: bytes) -> int:
     read, waiting = 0, len(sockets)
     with selectors.DefaultSelector() as selector:
         for connection in sockets:
-            selector.register(connection, selectors.EVENT_READ)
+            selector.register(connection, selectors.EVENT_READ, connection)
             connection.sendall(request)
         while waiting:
             for key, _ in selector.select():
-                part = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                part: bytes = key.data.recv(1 << 16)
                 read += len(part)
                 waiting -= part.endswith(END)
     return read
