@@ -208,6 +208,25 @@ def test_scales_down_to_the_smallest_are_exact(scale: int) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("extreme", [0, 62, 63, 64, 65, 110])
+def test_scales_of_any_size_are_multiplied_as_those_of_one_row(kind: isa.ISA, extreme: int) -> None:
+    """A whole tile adds exponents, where no product leaves the normal floats; a single row multiplies."""
+    run, tokens = tile_of(kind, "mxfp4", "accurate"), kind.tokens
+    for of_weights, of_rows in product((-extreme, extreme), (-extreme, -40, 40, extreme)):
+        scales = np.full((ROWS, 3), 127 + of_weights, np.uint8)
+        scales[::5, 1] = 127
+        w = in_tiles(MXFP4Tensor(RNG.integers(0, 256, (ROWS, 3, 16), np.uint8), scales), 1)
+        x = np.ldexp(normal(tokens, 96) * 32512, of_rows)
+        x[1, :32] = np.ldexp(x[1, :32], -of_rows)
+        x[:, 40] = np.ldexp(np.float32(32512), of_rows + 1)  # a block's scale is a power of two, too
+        together = first_tile(run, w, quantised_rows(kind, "mxfp4", "accurate", x), tokens, 0)
+        for row, got in zip(x, together, strict=True):
+            alone = first_tile(run, w, quantised_rows(kind, "mxfp4", "accurate", row[None]), 1, 0)
+            np.testing.assert_array_equal(got, alone[0])
+        assert together.any()
+
+
+@every_kind
 @pytest.mark.parametrize("columns", [7, 33, 128])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 def test_dense_tiles_are_exact_for_any_columns_and_rows(kind: isa.ISA, columns: int, dtype: Any) -> None:

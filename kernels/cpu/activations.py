@@ -129,8 +129,8 @@ def quantize_block(_typing, x, at, passes, unit, bias, codes, scales, starts, bl
     """Quantise the 32 numbers of x from element `at` on: the block-th block of codes, scales and starts.
 
     x float32. passes: 1 for codes of one byte, 2 for two, high bytes before low ones. A scale is multiplied
-    by `unit`; a start is -bias times the sum of the block's codes. NaN and infinities end up in the scale,
-    and so in every result.
+    by `unit`, and that of zeros is 1; a start is -bias times the sum of the block's codes. NaN and infinities
+    end up in the scale, and so in every result.
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -169,7 +169,7 @@ def quantize_block(_typing, x, at, passes, unit, bias, codes, scales, starts, bl
                     store(b, b.trunc(low, _BYTES), moved(b, place, BLOCK + _LANES * i))
                     codes.append(b.add(above, low))
                 b.store(_sum(b, codes), total)
-        scale = b.fmul(b.fdiv(span, top), b.fptrunc(unit, _F32))
+        scale = b.fmul(b.fdiv(b.select(is_zero, top, span), top), b.fptrunc(unit, _F32))
         store(b, scale, moved(b, arrays[6], block, 4))
         start = b.mul(b.neg(b.trunc(bias, _I32)), b.load(total))
         store(b, start, moved(b, arrays[7], block, 4))

@@ -81,7 +81,7 @@ _read_attend = _ATTEND.read
 @cache
 def takes_bf16(kind: isa.ISA) -> bool:
     """Whether a CPU multiplies pairs of bf16, so that bf16 queries make attention cheaper."""
-    return kind.name == "avx512" and "avx512bf16" in isa.features() and llvm.llvm_version_info[0] > 15
+    return isinstance(kind, isa.AVX512) and "avx512bf16" in isa.features() and llvm.llvm_version_info[0] > 15
 
 
 def attention(

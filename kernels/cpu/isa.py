@@ -46,16 +46,19 @@ class ISA:
     mxfp4_bias: ClassVar[int] = 0
     int8_bias: ClassVar[int] = 0
 
-    def lookup(self, b: ir.IRBuilder, nibbles: Any) -> Any:
-        """Turn codes, one a byte, into doubled values plus bias, by arithmetic: 0 1 2 3 4 5+1 6+2 7+5."""
-        kind = nibbles.type
-        magnitude = b.and_(nibbles, splat(kind, 7))
+    def lookup(self, b: ir.IRBuilder, codes: Any) -> Any:
+        """Turn codes, the lower halves of bytes, into doubled values plus bias; upper halves do not matter.
+
+        This is by arithmetic: 0 1 2 3 4 5+1 6+2 7+5.
+        """
+        kind = codes.type
+        magnitude = b.and_(codes, splat(kind, 7))
         value = magnitude
         for least, more in ((5, 1), (6, 1), (7, 3)):
             reached = b.icmp_unsigned(">=", magnitude, splat(kind, least))
             value = b.add(value, b.select(reached, splat(kind, more), splat(kind, 0)))
-        is_negative = b.icmp_unsigned(">=", nibbles, splat(kind, 8))
-        return b.select(is_negative, b.neg(value), value)
+        is_positive = b.icmp_unsigned("==", b.and_(codes, splat(kind, 8)), splat(kind, 0))
+        return b.select(is_positive, value, b.neg(value))
 
     def dot(
         self, b: ir.IRBuilder, total: Any, weights: Sequence[Any], xs: Sequence[Any], largest: int
@@ -83,9 +86,9 @@ class AVX2(ISA):
     features: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"avx2", "fma"}),)
     mxfp4_bias = 12
 
-    def lookup(self, b: ir.IRBuilder, nibbles: Any) -> Any:
+    def lookup(self, b: ir.IRBuilder, codes: Any) -> Any:
         """See ISA.lookup."""
-        return _shuffle(b, "llvm.x86.avx2.pshuf.b", nibbles, self.mxfp4_bias)
+        return _shuffle(b, "llvm.x86.avx2.pshuf.b", codes, self.mxfp4_bias)
 
     def dot(
         self, b: ir.IRBuilder, total: Any, weights: Sequence[Any], xs: Sequence[Any], largest: int
@@ -135,15 +138,27 @@ class AVX512(ISA):
     mxfp4_bias = 12
     int8_bias = 128
 
-    def lookup(self, b: ir.IRBuilder, nibbles: Any) -> Any:
+    def lookup(self, b: ir.IRBuilder, codes: Any) -> Any:
         """See ISA.lookup."""
-        return _shuffle(b, "llvm.x86.avx512.pshuf.b.512", nibbles, self.mxfp4_bias)
+        return _shuffle(b, "llvm.x86.avx512.pshuf.b.512", codes, self.mxfp4_bias)
 
     def dot(
         self, b: ir.IRBuilder, total: Any, weights: Sequence[Any], xs: Sequence[Any], largest: int
     ) -> Any:
         """See ISA.dot."""
         return _vpdpbusd(b, "llvm.x86.avx512.vpdpbusd.512", total, weights, xs)
+
+
+class AVX512VBMI(AVX512):
+    """AVX-512 with a look-up by six bits: in a table of four times the same, the upper two do not matter."""
+
+    name = "avx512vbmi"
+    features = (frozenset({"avx512f", "avx512bw", "avx512vnni", "avx512vbmi"}),)
+
+    def lookup(self, b: ir.IRBuilder, codes: Any) -> Any:
+        """See ISA.lookup."""
+        table = _table(codes.type, self.mxfp4_bias)
+        return call(b, "llvm.x86.avx512.permvar.qi.512", codes.type, table, codes)
 
 
 class NEON(ISA):
@@ -153,10 +168,10 @@ class NEON(ISA):
     tokens = 8
     features = (frozenset({"neon", "dotprod"}),)
 
-    def lookup(self, b: ir.IRBuilder, nibbles: Any) -> Any:
+    def lookup(self, b: ir.IRBuilder, codes: Any) -> Any:
         """See ISA.lookup."""
-        table = ir.Constant(nibbles.type, list(DOUBLED))
-        return call(b, "llvm.aarch64.neon.tbl1.v16i8", nibbles.type, table, nibbles)
+        nibbles = b.and_(codes, splat(codes.type, 15))
+        return call(b, "llvm.aarch64.neon.tbl1.v16i8", codes.type, _table(codes.type, 0), nibbles)
 
     def dot(
         self, b: ir.IRBuilder, total: Any, weights: Sequence[Any], xs: Sequence[Any], largest: int
@@ -167,7 +182,7 @@ class NEON(ISA):
         return total
 
 
-KINDS: tuple[ISA, ...] = (AVX512(), AVXVNNI(), AVX2(), NEON(), ISA())  # the best first
+KINDS: tuple[ISA, ...] = (AVX512VBMI(), AVX512(), AVXVNNI(), AVX2(), NEON(), ISA())  # the best first
 
 
 def by_name(name: str) -> ISA:
@@ -222,9 +237,13 @@ def features() -> frozenset[str]:
     return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
-def _shuffle(b: ir.IRBuilder, name: str, nibbles: Any, bias: int) -> Any:
-    values = [value + bias for value in DOUBLED] * (nibbles.type.count // 16)
-    return call(b, name, nibbles.type, ir.Constant(nibbles.type, values), nibbles)
+def _shuffle(b: ir.IRBuilder, name: str, codes: Any, bias: int) -> Any:
+    nibbles = b.and_(codes, splat(codes.type, 15))
+    return call(b, name, codes.type, _table(codes.type, bias), nibbles)
+
+
+def _table(kind: Any, bias: int) -> Any:
+    return ir.Constant(kind, [value + bias for value in DOUBLED] * (kind.count // 16))
 
 
 def _vpdpbusd(b: ir.IRBuilder, name: str, total: Any, weights: Sequence[Any], xs: Sequence[Any]) -> Any:

@@ -116,16 +116,19 @@ def _make_packed(kind: isa.ISA, format: str, activations: str) -> Any:
         R = len(y)
         tiles = (y.shape[1] + ROWS - 1) // ROWS
         tile_codes, tile_scales = code_bytes // tiles, groups * ROWS * scale_bytes
-        out = np.empty((wide, ROWS), np.float32)
-        for index in range(task * SPAN, min((task + 1) * SPAN, tiles)):
-            for row in range(0, R, wide):
-                rows = min(wide, R - row)
+        first, last = task * SPAN, min((task + 1) * SPAN, tiles)
+        out = np.empty((SPAN, wide, ROWS), np.float32)
+        for row in range(0, R, wide):
+            rows = min(wide, R - row)
+            for i in range(last - first):
                 tile(
-                    key, room_for(rows, wide), record, index * tile_codes, code_bytes + index * tile_scales,
-                    is_fp16, codes, scales, starts, row, out, 0, groups, group_blocks,
+                    key, room_for(rows, wide), record, (first + i) * tile_codes,
+                    code_bytes + (first + i) * tile_scales, is_fp16, codes, scales, starts, row, out,
+                    i * wide * ROWS, groups, group_blocks,
                 )  # fmt: skip
-                columns = min(ROWS, y.shape[1] - index * ROWS)
-                _write(out, added, residual, row, rows, index * ROWS, columns, y)
+            for i in range(last - first):  # together: lines of y and of what is added are fetched at once
+                column = (first + i) * ROWS
+                _write(out[i], added, residual, row, rows, column, min(ROWS, y.shape[1] - column), y)
 
     return multiply
 

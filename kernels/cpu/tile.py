@@ -2,7 +2,7 @@
 
 Packed weights: a tile's 16 rows lie side by side, so that a 32-bit lane sums its own row and nothing is added
 across a register. In each 32 columns the products are sums of integers; these become float32, are multiplied
-by the activations' scale, then by the weights', and added to what the columns before came to. Activations are
+by the activations' scale times the weights', and added to what the columns before came to. Activations are
 codes of int16 or int8 with a scale for each 32 columns, see `activations`; an int16 is two signed bytes,
 256 * high + low, which weights are multiplied by in turn.
 
@@ -26,6 +26,7 @@ from gptoss_lite.kernels.cpu.irtools import addresses, call, load, moved, splat,
 ROWS = 16  # of a tile of packed weights
 DENSE_ROWS = 4
 BLOCK = 32  # columns that share a scale of the activations
+_ONE = 127 << 23  # bits of 1.0
 _AHEAD = 8192  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -63,11 +64,11 @@ class _Writer:
         suffix = f"v{self.isa.lanes}f32" if x.type == self.floats else "f32"
         return call(self.b, f"llvm.fmuladd.{suffix}", x.type, x, y, z)
 
-    def ask_for(self, address: Any) -> None:
-        """Have a cache line fetched."""
-        read_keep_data = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
+    def ask_for(self, address: Any, level: int) -> None:
+        """Have a cache line fetched for the first or the second level of cache."""
+        read, locality, data = (ir.Constant(_I32, flag) for flag in (0, 4 - level, 1))
         pointer = self.b.inttoptr(address, _I8.as_pointer())
-        call(self.b, "llvm.prefetch.p0i8", ir.VoidType(), pointer, *read_keep_data)
+        call(self.b, "llvm.prefetch.p0i8", ir.VoidType(), pointer, read, locality, data)
 
     def zeros(self, count: int) -> list[Any]:
         """Make room for sums."""
@@ -97,11 +98,10 @@ class _PackedTile(_Writer):
         if self.format == "int8":
             bias = splat(self.bytes, self.isa.int8_bias)
             return [b.add(line, bias) for line in lines]
-        nibble, registers = splat(self.bytes, 15), []
+        registers = []
         for line in lines:
             upper = b.lshr(b.bitcast(line, self.ints), splat(self.ints, 4))
-            registers.append(self.isa.lookup(b, b.and_(line, nibble)))
-            registers.append(self.isa.lookup(b, b.and_(b.bitcast(upper, self.bytes), nibble)))
+            registers += [self.isa.lookup(b, codes) for codes in (line, b.bitcast(upper, self.bytes))]
         return registers
 
     def scales(self, address: Any, part: int, is_fp16: Any) -> Any:
@@ -134,16 +134,43 @@ class _PackedTile(_Writer):
             high = self.add_products(zeros, weights, x, 0)
             so_far = [b.add(b.shl(one, eight), start) for one, start in zip(high, first_sums, strict=True)]
             totals = self.add_products(so_far, weights, x, 1)
-        for t in tokens:
-            x_scale = self.splat(self.load(self.at(x_scales, 4 * t), _F32))
-            scaled = b.fmul(b.sitofp(totals[t], self.floats), x_scale)
-            b.store(self.multiply_add(scaled, scales, b.load(sums[t])), sums[t])
+        for t, factor in enumerate(self.factors(x_scales, scales)):
+            b.store(self.multiply_add(b.sitofp(totals[t], self.floats), factor, b.load(sums[t])), sums[t])
+
+    def factors(self, x_scales: Any, scales: Any) -> list[Any]:
+        """Multiply each token's scale by those of the weights.
+
+        A tile of many tokens waits for the multipliers. Powers of two are exponents, which can be added.
+        """
+        b, tokens = self.b, range(self.tokens)
+        x_words = [self.splat(self.load(self.at(x_scales, 4 * t), _I32)) for t in tokens]
+        if self.format == "int8" or self.tokens < self.isa.tokens:
+            return [b.fmul(b.bitcast(word, self.floats), scales) for word in x_words]
+        bits, found = b.bitcast(scales, self.ints), [cgutils.alloca_once(b, self.floats) for _ in tokens]
+        together = self.load(x_scales, ir.VectorType(_I32, self.tokens))
+        is_moderate = b.and_(self.all_moderate(bits), self.all_moderate(together))
+        with b.if_else(is_moderate, likely=True) as (moderate, extreme):
+            with moderate:
+                exponents = b.sub(bits, splat(self.ints, _ONE))
+                for place, word in zip(found, x_words, strict=True):
+                    b.store(b.bitcast(b.add(word, exponents), self.floats), place)
+            with extreme:
+                for place, word in zip(found, x_words, strict=True):
+                    b.store(b.fmul(b.bitcast(word, self.floats), scales), place)
+        return [b.load(place) for place in found]
+
+    def all_moderate(self, words: Any) -> Any:
+        """Tell whether all are the bits of floats from 2^-63 on and below 2^63, whose products are normal."""
+        b, (least, most) = self.b, (_ONE + (exponent << 23) for exponent in (-63, 63))
+        above = b.sub(words, splat(words.type, least))
+        is_moderate = b.icmp_unsigned("<", above, splat(words.type, most - least))
+        return call(b, f"llvm.vector.reduce.and.v{words.type.count}i1", ir.IntType(1), is_moderate)
 
     def add_products(self, totals: Sequence[Any], weights: Sequence[Any], x: Any, step: int) -> list[Any]:
         """Add 32 columns of one pass to each token's total; tokens take turns, so that none waits."""
         b, together = self.b, self.isa.together
         largest = 12 + self.isa.mxfp4_bias if self.format == "mxfp4" else 255
-        chains = 2 if self.tokens <= 2 and together == 1 else 1
+        chains = 1 if self.tokens > 2 or together > 1 else 4 // self.passes if self.tokens == 1 else 2
         sums = [[total, *[ir.Constant(self.ints, None)] * (chains - 1)] for total in totals]
         for first in range(0, 8, together):
             for t in range(self.tokens):
@@ -155,6 +182,10 @@ class _PackedTile(_Writer):
                 sums[t][chain] = self.isa.dot(b, sums[t][chain], some, xs, largest)
         return [functools.reduce(b.add, chain) for chain in sums]
 
+    def group(self, block: Any, group_blocks: Any) -> Any:
+        """Say which of a row's scales is that of a block; each block of MXFP4 has its own."""
+        return block if self.format == "mxfp4" else self.b.udiv(block, group_blocks)
+
     def write(
         self, codes: Any, scales: Any, is_fp16: Any, x: Any, x_scales: Any, starts: Any, y: Any,
         groups: Any, group_blocks: Any,
@@ -164,28 +195,27 @@ class _PackedTile(_Writer):
         is_fp16 = b.icmp_unsigned("!=", is_fp16, ir.Constant(_I64, 0))
         parts = list(range(ROWS // lanes))
         # A single token waits for memory alone; with several there is time to fetch the next tile as a whole.
-        whole = b.mul(b.mul(groups, group_blocks), ir.Constant(_I64, self.code_bytes))
-        ahead = ir.Constant(_I64, _AHEAD) if self.tokens == 1 else whole
+        blocks = b.mul(groups, group_blocks)
+        whole = b.mul(blocks, ir.Constant(_I64, self.code_bytes))
+        ahead, level = (_AHEAD, 1) if self.tokens == 1 else (whole, 2)
+        scale_bytes = ROWS * (1 if self.format == "mxfp4" else 2)
         # A single token's sums of all rows fit the registers: each cache line is then read once.
         for at_once in [parts] if self.tokens == 1 else [[part] for part in parts]:
             sums = {part: self.zeros(self.tokens) for part in at_once}
-            with cgutils.for_range(b, groups) as outer:
-                group = self.at(scales, outer.index, ROWS * (1 if self.format == "mxfp4" else 2))
-                factors = {part: self.scales(group, part, is_fp16) for part in at_once}
-                first = b.mul(outer.index, group_blocks)
-                with cgutils.for_range(b, group_blocks) as inner:
-                    block = b.add(first, inner.index)
-                    block_codes = self.at(codes, block, self.code_bytes)
-                    for line in range(0, self.code_bytes, 64):
-                        self.ask_for(self.at(b.add(block_codes, ahead), line))
-                    operands = (
-                        self.at(x, block, self.tokens * self.passes * BLOCK),
-                        self.at(x_scales, block, 4 * self.tokens),
-                        self.at(starts, block, 4 * self.tokens),
-                    )
-                    for part in at_once:
-                        weights = self.weights(block_codes, part)
-                        self.add_block(sums[part], weights, factors[part], *operands)
+            with cgutils.for_range(b, blocks) as loop:
+                block = loop.index
+                block_codes = self.at(codes, block, self.code_bytes)
+                for line in range(0, self.code_bytes, 64):
+                    self.ask_for(self.at(self.at(block_codes, ahead), line), level)
+                group = self.at(scales, self.group(block, group_blocks), scale_bytes)
+                operands = (
+                    self.at(x, block, self.tokens * self.passes * BLOCK),
+                    self.at(x_scales, block, 4 * self.tokens),
+                    self.at(starts, block, 4 * self.tokens),
+                )
+                for part in at_once:
+                    factors = self.scales(group, part, is_fp16)
+                    self.add_block(sums[part], self.weights(block_codes, part), factors, *operands)
             for part in at_once:
                 for t, place in enumerate(sums[part]):
                     self.store(b.load(place), self.at(y, 4 * (t * ROWS + lanes * part)))
@@ -255,7 +285,7 @@ class _DenseTile(_Writer):
             column = b.mul(loop.index, lanes)
             if self.tokens == 1:
                 for row in w_rows:
-                    self.ask_for(self.at(self.at(row, column, self.item), _AHEAD))
+                    self.ask_for(self.at(self.at(row, column, self.item), _AHEAD), 1)
             w = [self.columns(row, column) for row in w_rows]
             for t, row in enumerate(x_rows):
                 value = self.load(self.at(row, column, 4), self.floats)
