@@ -279,7 +279,7 @@ def _make_attend(is_wide: bool, queries: str) -> Any:
             kept = keeping + (tiles[n, _KEPT] + first_head) * octets
             for octet in range(octets_here):
                 copy(key, states, running + octet, kept + piece * Hk * octets + octet)
-            if count(done, tiles[n, _TASK] + turn) < segments - 1:
+            if count(done, tiles[n, _TASK] + turn, 1) < segments - 1:
                 return
             for octet in range(octets_here):
                 copy(key, states, kept + octet, running + octet)

@@ -27,7 +27,7 @@ ROWS = 16  # of a tile of packed weights
 DENSE_ROWS = 4
 BLOCK = 32  # columns that share a scale of the activations
 _ONE = 127 << 23  # bits of 1.0
-_AHEAD = 8192  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
+_AHEAD = 4096  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()

@@ -2,9 +2,10 @@
 
 A step is a function that does one of its tasks. Each thread has a part of them, takes one after another, for
 their weights lie one after another in memory, and then helps others with theirs: a core that is slow, or that
-other programs keep busy, does fewer. The next step begins when all tasks are done. No thread is waited for
-that has not begun a task, so any number of threads gets through. That costs less than a microsecond, where a
-parallel loop for each step would cost tens.
+other programs keep busy, does fewer. Before a core counts, all that it reads and writes has to arrive: a
+thread begins a quarter of the tasks left at a time, and single ones at the end. The next step begins when
+all tasks are done. No thread is waited for that has not begun a task, so any number of threads gets through.
+That costs less than a microsecond, where a parallel loop for each step would cost tens.
 
 A step's operands are words in memory: numbers, and addresses and shapes of arrays.
 """
@@ -28,6 +29,7 @@ DONE, TASKS, TASKS_AT = range(3)  # of a step's first line; TASKS_AT: where the 
 
 _I64 = ir.IntType(64)
 _WORD = 8  # bytes
+_SHARE = 4  # of a part's tasks left, one in so many is begun at a time
 _WAITS = 2000  # for the others' last tasks, before other programs have their turn: some 50 us
 
 
@@ -107,7 +109,7 @@ def run(functions, places, words, base, threads):  # type: ignore[no-untyped-def
     """
     workers = np.zeros(1, np.int64)
     for _ in prange(threads):
-        worker = count(workers, 0)
+        worker = count(workers, 0, 1)
         for step in range(len(functions)):
             place = places[step]
             operands = base + _WORD * (place + LINE * (1 + threads))
@@ -117,12 +119,18 @@ def run(functions, places, words, base, threads):  # type: ignore[no-untyped-def
             for turn in range(threads):
                 part = (worker + turn) % threads
                 first, last = part * tasks // threads, (part + 1) * tasks // threads
+                begun, done = place + LINE * (1 + part), 0
                 while True:
-                    task = first + count(words, place + LINE * (1 + part))
-                    if task >= last:
+                    some = max(1, (last - first - _seen(words, begun)) // _SHARE)
+                    begin = first + count(words, begun, some)
+                    end = min(begin + some, last)
+                    if begin >= end:
                         break
-                    _do(functions[step], operands, task, worker)
-                    count(words, place + DONE)
+                    for task in range(begin, end):
+                        _do(functions[step], operands, task, worker)
+                    done += end - begin
+                if done:
+                    count(words, place + DONE, done)
             waits = 0
             while _seen(words, place + DONE) < tasks:
                 waits += 1
@@ -155,17 +163,17 @@ def _at(_typing, address):  # type: ignore[no-untyped-def]
 
 
 @writes_ir
-def count(_typing, counters, index):  # type: ignore[no-untyped-def]
-    """Add 1 to a counter that threads share and return what it was; orders what they wrote, too.
+def count(_typing, counters, index, more):  # type: ignore[no-untyped-def]
+    """Add to a counter that threads share and return what it was; orders what they wrote, too.
 
     counters int64 (n,).
     """
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         place = _place(context, b, signature, args)
-        return b.atomic_rmw("add", place, ir.Constant(_I64, 1), "acq_rel")
+        return b.atomic_rmw("add", place, args[2], "acq_rel")
 
-    return types.int64(counters, types.int64), generate
+    return types.int64(counters, types.int64, types.int64), generate
 
 
 @writes_ir
