@@ -70,12 +70,14 @@ _GATE_UP = Operands(
     array(types.int8, 1),  # inner codes
     array(types.float32, 1),  # inner scales
     array(types.int32, 1),  # inner starts
+    array(types.float32, 2),  # results of a task's tiles and a block's of SwiGLU, of each thread
 )
 _read_gate_up = _GATE_UP.read
 _TIMES_DOWN = Operands(
     *_STACK,
     *_ROWS_AND_CHUNKS,
     array(types.float32, 2),  # y
+    array(types.float32, 3),  # results of a tile, of each thread
 )
 _read_down = _TIMES_DOWN.read
 
@@ -131,16 +133,18 @@ def experts_packed(
     inner_codes = steps.room("inner codes", (slots * inner * passes,), np.int8)
     inner_scales = steps.room("inner scales", (slots * inner_blocks,))
     inner_starts = steps.room("inner starts", (slots * inner_blocks,), np.int32)
+    own = steps.room("gate_up tiles", (steps.threads, -(-T // wide) * 4 * wide * ROWS + BLOCK))
     steps.add(
         _make_gate_up(kind, *formats, activations), tasks[_UP:][:1], _GATE_UP,
         *gate_up, codes, scales, starts, chunks, active, up_added, limit,
-        inner_codes, inner_scales, inner_starts,
+        inner_codes, inner_scales, inner_starts, own,
     )  # fmt: skip
 
     y = steps.room("experts", (slots, hidden))
+    own = steps.room("down tile", (steps.threads, wide, ROWS))
     steps.add(
         _make_down(kind, formats[1], activations), tasks[_DOWN:][:1], _TIMES_DOWN,
-        *down, inner_codes, inner_scales, inner_starts, chunks, active, y,
+        *down, inner_codes, inner_scales, inner_starts, chunks, active, y, own,
     )  # fmt: skip
     combine(steps, x, y, down_added, ids, places, weights, out)
 
@@ -211,7 +215,7 @@ def _make_gate_up(kind: isa.ISA, format: str, down: str, activations: str) -> An
         """Take a block of 32 columns of what `down` multiplies, of all rows of one expert."""
         (
             records, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, chunks, active, added,
-            limit, inner_codes, inner_scales, inner_starts,
+            limit, inner_codes, inner_scales, inner_starts, own,
         ) = _read_gate_up(key, place)  # fmt: skip
         inner = added.shape[1] // 2
         blocks = inner // BLOCK
@@ -220,8 +224,8 @@ def _make_gate_up(kind: isa.ISA, format: str, down: str, activations: str) -> An
         use, block = task // blocks, task % blocks
         e = active[use, 0]
         first, last = active[use, 1], active[use, 2]
-        out = np.empty((last - first, 4, wide, ROWS), np.float32)
-        gated = np.empty(BLOCK, np.float32)
+        out = own[worker]
+        gated = out[len(out) - BLOCK :]
         for i in range(4):
             index = 4 * block + i
             codes_at = e * records.shape[1] + index * tile_codes
@@ -251,14 +255,14 @@ def _make_gate_up(kind: isa.ISA, format: str, down: str, activations: str) -> An
 
 @cache
 def _make_down(kind: isa.ISA, format: str, activations: str) -> Any:
-    key, wide = isa.key(kind.name, format, activations), kind.tokens
+    key = isa.key(kind.name, format, activations)
     scale_bytes = 1 if format == "mxfp4" else 2
 
     @cfunc(TASK, cache=True, error_model="numpy")
     def down(place, task, worker):  # type: ignore[no-untyped-def]
         """Take a few tiles of one expert."""
         (
-            records, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, chunks, active, y,
+            records, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, chunks, active, y, own,
         ) = _read_down(key, place)  # fmt: skip
         hidden = y.shape[1]
         tiles = (hidden + ROWS - 1) // ROWS
@@ -266,7 +270,7 @@ def _make_down(kind: isa.ISA, format: str, activations: str) -> Any:
         tasks = (tiles + SPAN - 1) // SPAN
         use, first = task // tasks, task % tasks * SPAN
         at = active[use, 0] * records.shape[1]
-        out = np.empty((wide, ROWS), np.float32)
+        out = own[worker]
         for index in range(first, min(first + SPAN, tiles)):
             for c in range(active[use, 1], active[use, 2]):
                 slot = chunks[c, _SLOT]

@@ -36,6 +36,7 @@ _PACKED = Operands(
     array(types.float32, 1),  # added
     array(types.float32, 2),  # residual
     array(types.float32, 2),  # y
+    array(types.float32, 4),  # results of a task's tiles, of each thread
 )
 _read_packed = _PACKED.read
 
@@ -50,6 +51,7 @@ _DENSE = Operands(
     array(types.float32, 2),  # y
     types.int64,  # column
     types.int64,  # span
+    array(types.float32, 3),  # results of a tile, of each thread
 )
 _read_dense = _DENSE.read
 
@@ -66,8 +68,10 @@ def linear_packed(
     residual and y float32 (R, N).
     """
     tasks = -(-y.shape[1] // (ROWS * SPAN))
+    # A task that made an array of its own would count references to it, which locks: see `workers`.
+    own = steps.room("tiles", (steps.threads, SPAN, kind.tokens, ROWS))
     work = _make_packed(kind, format, activations)
-    steps.add(work, tasks, _PACKED, *weight, *rows, added, residual, y)
+    steps.add(work, tasks, _PACKED, *weight, *rows, added, residual, y, own)
 
 
 def linear_dense(
@@ -82,9 +86,10 @@ def linear_dense(
     """
     N = weight.shape[1]
     span = max(DENSE_ROWS, min(_DENSE_SPAN, N // _FEW // DENSE_ROWS * DENSE_ROWS))
+    own = steps.room("dense tile", (steps.threads, dense_tokens(kind), DENSE_ROWS))
     steps.add(
         _make_dense(kind, format), len(groups) * -(-N // span), _DENSE,
-        weight.view(np.uint8), groups, starts, x, added, residual, y, column, span,
+        weight.view(np.uint8), groups, starts, x, added, residual, y, column, span, own,
     )  # fmt: skip
 
 
@@ -111,13 +116,13 @@ def _make_packed(kind: isa.ISA, format: str, activations: str) -> Any:
     @cfunc(TASK, cache=True, error_model="numpy")
     def multiply(place, task, worker):  # type: ignore[no-untyped-def]
         (
-            record, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, added, residual, y,
+            record, code_bytes, groups, group_blocks, is_fp16, codes, scales, starts, added, residual, y, own,
         ) = _read_packed(key, place)  # fmt: skip
         R = len(y)
         tiles = (y.shape[1] + ROWS - 1) // ROWS
         tile_codes, tile_scales = code_bytes // tiles, groups * ROWS * scale_bytes
         first, last = task * SPAN, min((task + 1) * SPAN, tiles)
-        out = np.empty((SPAN, wide, ROWS), np.float32)
+        out = own[worker]
         for row in range(0, R, wide):
             rows = min(wide, R - row)
             for i in range(last - first):
@@ -139,11 +144,11 @@ def _make_dense(kind: isa.ISA, format: str) -> Any:
 
     @cfunc(TASK, cache=True, error_model="numpy")
     def multiply(place, task, worker):  # type: ignore[no-untyped-def]
-        weight, groups, starts, x, added, residual, y, column, span = _read_dense(key, place)
+        weight, groups, starts, x, added, residual, y, column, span, own = _read_dense(key, place)
         N, K = weight.shape[1], x.shape[1]
         tasks = (N + span - 1) // span
         group, first = task // tasks, task % tasks * span
-        out = np.empty((wide, DENSE_ROWS), np.float32)
+        out = own[worker]
         for begin in range(starts[group], starts[group + 1], _CACHED_ROWS):
             end = min(begin + _CACHED_ROWS, starts[group + 1])
             for n in range(first, min(first + span, N), DENSE_ROWS):
