@@ -88,7 +88,7 @@ def quantized(
     starts = steps.room("starts", scales.shape, np.int32)
     weight, eps = (np.zeros(0, np.float32), 0.0) if norm is None else norm
     steps.add(
-        _make_quantise(), chunks, _QUANTISE, x, weight, eps, wide, passes, unit, bias, codes, scales, starts
+        _make_quantise(), len(x), _QUANTISE, x, weight, eps, wide, passes, unit, bias, codes, scales, starts
     )
     return codes, scales, starts
 
@@ -212,18 +212,16 @@ def _make_quantise() -> Any:
     key = isa.key()
 
     @cfunc(TASK, cache=True, error_model="numpy")
-    def quantise(place, task, worker):  # type: ignore[no-untyped-def]
-        """Quantise a chunk of rows."""
+    def quantise(place, row, worker):  # type: ignore[no-untyped-def]
+        """Quantise a row."""
         x, weight, eps, wide, passes, unit, bias, codes, scales, starts = _read_quantise(key, place)
-        first, K = task * wide, x.shape[1]
-        rows = min(wide, len(x) - first)
-        room, slot = room_for(rows, wide), first * (K // BLOCK)
-        normalised = np.empty((1, len(weight)), np.float32)
-        for t in range(rows):
-            if len(weight):
-                _normalise(x, first + t, weight, eps, normalised, 0)
-                quantize(normalised, 0, passes, unit, bias, codes, scales, starts, slot + t, room)
-            else:
-                quantize(x, first + t, passes, unit, bias, codes, scales, starts, slot + t, room)
+        K, first = x.shape[1], row // wide * wide  # of the chunk
+        room, at = room_for(min(wide, len(x) - first), wide), first * (K // BLOCK) + row - first
+        if len(weight):
+            normalised = np.empty((1, K), np.float32)
+            _normalise(x, row, weight, eps, normalised, 0)
+            quantize(normalised, 0, passes, unit, bias, codes, scales, starts, at, room)
+        else:
+            quantize(x, row, passes, unit, bias, codes, scales, starts, at, room)
 
     return quantise

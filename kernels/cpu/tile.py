@@ -27,7 +27,7 @@ ROWS = 16  # of a tile of packed weights
 DENSE_ROWS = 4
 BLOCK = 32  # columns that share a scale of the activations
 _ONE = 127 << 23  # bits of 1.0
-_AHEAD = 4096  # bytes of weights asked for ahead of their use by a single token, past what a CPU does itself
+_AHEAD = 4096  # bytes of weights asked for ahead of their use by few tokens, past what a CPU does itself
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -194,10 +194,10 @@ class _PackedTile(_Writer):
         b, lanes = self.b, self.isa.lanes
         is_fp16 = b.icmp_unsigned("!=", is_fp16, ir.Constant(_I64, 0))
         parts = list(range(ROWS // lanes))
-        # A single token waits for memory alone; with several there is time to fetch the next tile as a whole.
+        # One or two tokens wait for memory alone; with more there is time to fetch the next tile as a whole.
         blocks = b.mul(groups, group_blocks)
         whole = b.mul(blocks, ir.Constant(_I64, self.code_bytes))
-        ahead, level = (_AHEAD, 1) if self.tokens == 1 else (whole, 2)
+        ahead, level = (_AHEAD, 1) if self.tokens <= 2 else (whole, 2)
         scale_bytes = ROWS * (1 if self.format == "mxfp4" else 2)
         # A single token's sums of all rows fit the registers: each cache line is then read once.
         for at_once in [parts] if self.tokens == 1 else [[part] for part in parts]:
