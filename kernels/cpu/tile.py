@@ -2,9 +2,10 @@
 
 Packed weights: a tile's 16 rows lie side by side, so that a 32-bit lane sums its own row and nothing is added
 across a register. In each 32 columns the products are sums of integers; these become float32, are multiplied
-by the activations' scale times the weights', and added to what the columns before came to. Activations are
-codes of int16 or int8 with a scale for each 32 columns, see `activations`; an int16 is two signed bytes,
-256 * high + low, which weights are multiplied by in turn.
+by the activations' scale and the weights', and added to what the columns before came to: int8 by one after
+the other, MXFP4 by their product, for it is exact. Activations are codes of int16 or int8 with a scale for
+each 32 columns, see `activations`; an int16 is two signed bytes, 256 * high + low, which weights are
+multiplied by in turn.
 
 Dense weights: four rows as they are stored, times activations in float32.
 
@@ -134,17 +135,21 @@ class _PackedTile(_Writer):
             high = self.add_products(zeros, weights, x, 0)
             so_far = [b.add(b.shl(one, eight), start) for one, start in zip(high, first_sums, strict=True)]
             totals = self.add_products(so_far, weights, x, 1)
-        for t, factor in enumerate(self.factors(x_scales, scales)):
-            b.store(self.multiply_add(b.sitofp(totals[t], self.floats), factor, b.load(sums[t])), sums[t])
+        factors = self.factors(x_scales, scales) if self.format == "mxfp4" else [scales] * self.tokens
+        for t, (total, factor) in enumerate(zip(totals, factors, strict=True)):
+            value = b.sitofp(total, self.floats)
+            if self.format == "int8":
+                value = b.fmul(value, self.splat(self.load(self.at(x_scales, 4 * t), _F32)))
+            b.store(self.multiply_add(value, factor, b.load(sums[t])), sums[t])
 
     def factors(self, x_scales: Any, scales: Any) -> list[Any]:
-        """Multiply each token's scale by those of the weights.
+        """Multiply each token's scale by powers of two, which is exact and does not wait for the products.
 
-        A tile of many tokens waits for the multipliers. Powers of two are exponents, which can be added.
+        A tile of many tokens waits for the multipliers: there exponents are added instead.
         """
         b, tokens = self.b, range(self.tokens)
         x_words = [self.splat(self.load(self.at(x_scales, 4 * t), _I32)) for t in tokens]
-        if self.format == "int8" or self.tokens < self.isa.tokens:
+        if self.tokens < self.isa.tokens:
             return [b.fmul(b.bitcast(word, self.floats), scales) for word in x_words]
         bits, found = b.bitcast(scales, self.ints), [cgutils.alloca_once(b, self.floats) for _ in tokens]
         together = self.load(x_scales, ir.VectorType(_I32, self.tokens))
