@@ -101,11 +101,14 @@ class Script:
     _given: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def say(self, *answers: str | Sequence[int]) -> None:
-        """Set the answers, as token ids or as text with special tokens in it; forget the prompts seen."""
-        self.prompts, self._given = [], {}
+        """Set the answers, as token ids or as text with special tokens in it; forget the prompts seen.
+
+        The engine may be a step ahead of an answer that has ended, so nothing is forgotten before all is set.
+        """
         self._answers = [
             self.sampled(answer) if isinstance(answer, str) else list(answer) for answer in answers
         ]
+        self.prompts, self._given = [], {}
 
     def sampled(self, text: str) -> list[int]:
         """Encode a text as a model would have sampled it, special tokens as themselves."""
