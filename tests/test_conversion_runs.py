@@ -167,6 +167,7 @@ def kill_and_resume(tmp_path: Path, kills: int, arguments: list[str]) -> tuple[i
     return killed, amid
 
 
+@pytest.mark.soak
 def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     killed, _ = kill_and_resume(tmp_path, 2, ["quantize", "--preset", "small"])
     assert killed >= 1
@@ -214,6 +215,7 @@ def test_memory_stays_below_2_gib_whatever_the_size_and_the_source(tmp_path: Pat
     remove(bounded("convert", wide, "narrow", "--to", "bf16"))
 
 
+@pytest.mark.soak
 def test_quantising_one_layer_takes_little_memory(tmp_path: Path) -> None:
     # Two experts of 50 MB in bf16, and what NumPy and Numba are.
     dense = write_sparse(tmp_path / "dense", settings(1, 16, 2880, 4096, packed=False))
