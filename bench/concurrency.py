@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--activations", choices=("accurate", "int8"), default="accurate")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}: give at least 1")
     ops = get_ops("cpu", dense="int8", activations=args.activations)
     workload = Workload(CONTEXT, STEPS, concurrency=max(SEQUENCES))
     model = GptOss(synthetic("20b", layers=args.layers), ops, cache_tokens=workload.cache_tokens)
